@@ -1,0 +1,70 @@
+# make demo   pictures from words and words from pictures, with the model inside the package
+# make test   the whole test suite
+# make lint   style and types
+# make clean  remove what these made, the environment included
+#
+# Each sets up the virtual environment .venv by itself, once, from the versions in constraints.txt, and is safe
+# to run again or to interrupt. PYTHON=... chooses another interpreter (3.10 to 3.13). Where pip would fetch
+# torch with CUDA and the machine has no GPU, this saves gigabytes:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint typecheck wheel clean
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+demo: $(RUN)
+	@echo "==> Drawing and captioning; the contact sheet goes to demo-output/"
+	$(BIN)/python -m cm3.eval.demo --out demo-output
+
+test: $(DEV)
+	@echo "==> Tests"
+	$(BIN)/python -m pytest
+
+lint: $(DEV) typecheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy sees the package as it is installed: all of it under the one name cm3
+typecheck: wheel
+	@echo "==> Types"
+	rm -rf .typecheck
+	$(PIP) install --quiet --no-deps --target .typecheck dist/*.whl
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p cm3
+
+wheel: $(DEV)
+	@echo "==> Wheel"
+	rm -rf build dist
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "$(PYTHON) is not Python 3.10 to 3.13; name one that is: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "==> Virtual environment $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: packages that build against it then find it, and nothing moves its version
+$(RUN): setup.py constraints.txt | $(BIN)/python
+	@echo "==> Installing torch"
+	$(PIP) install -c constraints.txt torch
+	@echo "==> Installing cm3 and what it needs"
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(RUN)
+	@echo "==> Installing the development tools"
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .typecheck demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find cm3 tokenizers training eval tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,214 @@
+"""Files in and out: atomic writes, JSON, and strict safetensors.
+
+Nothing is pickled. A file or folder is written under a temporary name beside its place and then renamed, so
+that a reader, or a run that resumes after a crash, finds the old content or the new one and never a part.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cm3.errors import ModelFilesError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_SHARD_PATTERN = "model{suffix}.safetensors"
+_MAX_NAMES_IN_ERROR = 8
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a free name beside `path`; a file or folder written there replaces `path` on success.
+
+    Parent folders are made. When the body raises, what it wrote is removed and `path` is untouched.
+    A file is replaced in one step; an old folder is first set aside, since no rename replaces a full folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    temporary = path.with_name(
+        f".{token}.tmp.{path.name}"
+    )  # ends as `path` does: some writers read the suffix
+    try:
+        yield temporary
+        assert temporary.exists(), f"nothing was written for {path}"
+        _flush(temporary)
+        if temporary.is_dir() and path.is_dir():
+            old = path.with_name(f".{token}.old.{path.name}")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+        _flush_entry(path.parent)
+    finally:
+        _remove(temporary)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or all of a folder, from the cache of the system to the disk."""
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        _flush_entry(entry)
+
+
+def _flush_entry(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 in one step, line ends as they are."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON in UTF-8."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ModelFilesError: there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ModelFilesError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise ModelFilesError(f"{path} is not JSON ({error}); write or download it again") from error
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write named tensors as one safetensors file.
+
+    Tied tensors must be named once: safetensors refuses names that share memory.
+    """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file to the CPU.
+
+    Raises:
+        ModelFilesError: there is no such file, or it is damaged.
+    """
+    if not Path(path).is_file():
+        raise ModelFilesError(f"cannot read {path}: no such file; check the path")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelFilesError(f"{path} is damaged ({error}); write or download it again") from error
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `module`, every name and shape accounted for.
+
+    Args:
+        module: receives the values, in its own dtype and on its own device.
+        tensors: name to value, as in `module.state_dict()`.
+        source: where the tensors come from, for the error.
+
+    Raises:
+        ModelFilesError: lists missing, unexpected and wrongly shaped names; the module is then unchanged.
+    """
+    own = module.state_dict()
+    problems = {
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+        "wrongly shaped": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ],
+    }
+    found = [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ModelFilesError(
+            f"the tensors of {source} do not fit {type(module).__name__}; {'; '.join(found)}. "
+            "Use the configuration they were saved with"
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:_MAX_NAMES_IN_ERROR])
+    rest = len(names) - _MAX_NAMES_IN_ERROR
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def save_model_weights(
+    folder: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB"
+) -> None:
+    """Write a model's tensors as `model.safetensors`, or as shards with an index where that is too large.
+
+    The names and the index are Hugging Face's; weight files that an earlier save left are removed.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    folder = Path(folder)
+    split = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=_SHARD_PATTERN, max_shard_size=max_shard_size
+    )
+    for filename, names in split.filename_to_tensors.items():
+        save_tensors(folder / filename, {name: tensors[name] for name in names})
+    current = set(split.filename_to_tensors)
+    if split.is_sharded:
+        write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        current.add(INDEX_FILE)
+    earlier = {WEIGHTS_FILE, INDEX_FILE, *(path.name for path in folder.glob("model-*.safetensors"))}
+    for name in earlier - current:
+        (folder / name).unlink(missing_ok=True)
+
+
+def load_model_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Read what `save_model_weights` wrote, in one file or in shards.
+
+    Raises:
+        ModelFilesError: no weights, a shard that is missing or damaged, or an index that does not fit them.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        return load_tensors(folder / WEIGHTS_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        raise ModelFilesError(f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
+    index = read_json(folder / INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+        raise ModelFilesError(f"{folder / INDEX_FILE} has no valid weight_map; write or download it again")
+    tensors: dict[str, Tensor] = {}
+    for filename in sorted(set(weight_map.values())):
+        tensors |= load_tensors(folder / filename)
+    if tensors.keys() != weight_map.keys():
+        difference = sorted(tensors.keys() ^ weight_map.keys())
+        raise ModelFilesError(
+            f"the shards of {folder} and {INDEX_FILE} differ in {_shortened(difference)}; download all again"
+        )
+    return tensors

@@ -1,0 +1,144 @@
+"""Configs: frozen dataclasses to and from YAML, with dotted command line overrides (jsonargparse)."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cm3.errors import ConfigError
+
+STAGE_KEY = "stage"
+"""Key of a run's YAML file that names the config class; it is no field of that class."""
+
+Config = TypeVar("Config")
+
+
+def config_parser(config_class: type) -> Any:
+    """Return the jsonargparse parser of a config class; its help is made of the docstrings of the fields."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, fail_untyped=True)
+    return parser
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; numbers such as `1e-3` are numbers.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or holds no mapping.
+    """
+    from jsonargparse import get_loader
+
+    try:
+        values = get_loader("yaml")(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}; check the path") from None
+    except Exception as error:  # the loader's own exceptions differ between versions of PyYAML
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def load_config(config_class: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Build a config; the precedence is default < YAML < overrides.
+
+    Args:
+        config_class: Dataclass to build, nested dataclasses included.
+        path: YAML file, or None for the defaults. Its `stage` key is ignored.
+        overrides: Command line words with dotted names, such as `["--optimizer.learning_rate", "1e-3"]`.
+
+    Raises:
+        ConfigError: An unknown key (the nearest one is named), a wrong type (with the value), or values that
+            the config class itself refuses.
+    """
+    values = {} if path is None else read_yaml(path)
+    values.pop(STAGE_KEY, None)
+    where = "the defaults" if path is None else str(path)
+    for name in _unknown_keys(config_class, values):
+        raise ConfigError(f"{where}: unknown key {name!r}{_nearest(name, config_class)}")
+    for word in overrides:
+        name = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and name not in set(_names(config_class)):
+            raise ConfigError(f"unknown option --{name}{_nearest(name, config_class)}")
+    parser = config_parser(config_class)
+    try:
+        namespace = parser.parse_object(values)
+        if overrides:
+            namespace = parser.parse_args(list(overrides), namespace=namespace)
+        return config_class(**parser.instantiate_classes(namespace).as_dict())
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
+        raise ConfigError(f"{where}: {_one_line(error)}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain dictionaries and lists, ready for YAML or JSON."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def dump_config(config: Any, stage: str | None = None) -> str:
+    """Return the YAML of a config, every field included; `load_config` reads it back."""
+    import yaml
+
+    values = to_dict(config) if stage is None else {STAGE_KEY: stage, **to_dict(config)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _nested_class(annotation: Any) -> type | None:
+    """Return the dataclass of an annotation such as `X` or `X | None`."""
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _names(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted field name of a config class."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        yield prefix + field.name
+        if nested := _nested_class(hints[field.name]):
+            yield from _names(nested, f"{prefix}{field.name}.")
+
+
+def _unknown_keys(config_class: type, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(config_class)
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in known:
+            yield f"{prefix}{key}"
+        elif isinstance(value, dict) and (nested := _nested_class(hints[key])):
+            yield from _unknown_keys(nested, value, f"{prefix}{key}.")
+
+
+def _nearest(name: str, config_class: type) -> str:
+    """Return `; did you mean ...?` with the dotted field name nearest to a wrong one."""
+    names = list(_names(config_class))
+    last = name.rpartition(".")[2]
+    by_last = {candidate.rpartition(".")[2]: candidate for candidate in names}
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    match = match or [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    return f"; did you mean {match[0]!r}?" if match else f"; the keys are {', '.join(n for n in names if '.' not in n)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Documents from files to packed batches of token ids."""

@@ -1,0 +1,178 @@
+"""Which documents, or pieces of a stream of documents, share a row. Plans hold places; the loader fills in the ids.
+
+A plan is made window by window, and each window is a function of (seed, epoch, window) alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+WINDOW_DOCUMENTS = 1024
+"""Documents packed together: more of them fill the rows better, fewer make a window faster."""
+
+WINDOW_ROWS = 256
+"""Rows of a stream planned together."""
+
+
+class Purpose(IntEnum):
+    """What random numbers are for; each purpose has its own."""
+
+    ORDER = 0
+    COUNTS = 1
+    SPANS = 2
+
+
+def generator(seed: int, purpose: Purpose, epoch: int, place: int) -> np.random.Generator:
+    """The random numbers of a purpose at a place of an epoch."""
+    return np.random.Generator(np.random.PCG64((seed, int(purpose), epoch, place)))
+
+
+def epoch_order(members: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The documents of an epoch in their random order."""
+    return generator(seed, Purpose.ORDER, epoch, 0).permutation(members)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The ids start..stop-1 of a document, and how many spans to mask in it where documents are masked one by one."""
+
+    document: int
+    start: int
+    stop: int
+    num_spans: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What stands in a row, and its number in the epoch (of a stream) or the window (of documents)."""
+
+    number: int
+    pieces: list[Piece]
+
+
+class DocumentPlan:
+    """Whole documents, best-fit into rows within windows of the epoch's order.
+
+    Args:
+        lengths: ids of every document.
+        order: epoch to the documents of it, none longer than a row.
+        count_spans: (generator, size) to numbers of spans to mask.
+        ids_per_span: room that each span takes; where it is not there, fewer spans are masked.
+        sequence_length: ids of a row.
+        seed: of the numbers of spans.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        order: Callable[[int], np.ndarray],
+        count_spans: Callable[[np.random.Generator, int], np.ndarray],
+        *,
+        ids_per_span: int,
+        sequence_length: int,
+        seed: int,
+    ) -> None:
+        self._lengths, self._order, self._count_spans = lengths, order, count_spans
+        self._ids_per_span, self._sequence_length, self._seed = ids_per_span, sequence_length, seed
+
+    def rows(self, epoch: int, window: int) -> list[Row]:
+        """The rows of a window; none after the last one of the epoch."""
+        documents = self._order(epoch)[window * WINDOW_DOCUMENTS : (window + 1) * WINDOW_DOCUMENTS]
+        lengths = self._lengths[documents].astype(np.int64)
+        counts = self._count_spans(generator(self._seed, Purpose.COUNTS, epoch, window), len(documents))
+        counts = np.minimum(counts, (self._sequence_length - lengths) // self._ids_per_span)
+        bins = best_fit(lengths + self._ids_per_span * counts, self._sequence_length)
+        return [
+            Row(number, [Piece(int(documents[i]), 0, int(lengths[i]), int(counts[i])) for i in items])
+            for number, items in enumerate(bins)
+        ]
+
+
+class StreamPlan:
+    """Documents joined in the epoch's order and cut every `sequence_length` ids, wherever that is (spec 1.3).
+
+    Args:
+        lengths: ids of every document.
+        order: epoch to the documents of it.
+        sequence_length: ids of a row.
+        keep_rest: whether the last row of an epoch may be shorter; else what does not fill it is left out.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        order: Callable[[int], np.ndarray],
+        *,
+        sequence_length: int,
+        keep_rest: bool,
+    ) -> None:
+        self._lengths, self._order = lengths, order
+        self._sequence_length, self._keep_rest = sequence_length, keep_rest
+        self._stream: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def rows(self, epoch: int, window: int) -> list[Row]:
+        """The rows of a window; none after the last one of the epoch."""
+        order, starts = self._joined(epoch)
+        length, total = self._sequence_length, int(starts[-1])
+        num_rows = -(-total // length) if self._keep_rest else total // length
+        numbers = range(window * WINDOW_ROWS, min((window + 1) * WINDOW_ROWS, num_rows))
+        return [
+            Row(n, stream_pieces(order, starts, n * length, min((n + 1) * length, total))) for n in numbers
+        ]
+
+    def _joined(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order, and where in the stream each of its documents starts (and the last one stops)."""
+        if self._stream is None or self._stream[0] != epoch:
+            order = self._order(epoch)
+            starts = np.concatenate([[0], np.cumsum(self._lengths[order], dtype=np.int64)])
+            self._stream = (epoch, order, starts)
+        return self._stream[1:]
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack items into bins by best-fit decreasing: the longest first, each where it leaves the least room.
+
+    Args:
+        lengths: of the items, none above `capacity`; equal ones keep their order.
+        capacity: of every bin.
+
+    Returns:
+        The items of each bin.
+    """
+    assert not len(lengths) or lengths.max() <= capacity, "an item is longer than a bin"
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        place = bisect.bisect_left(rooms, (length, -1))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
+        else:
+            room, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(item)
+        bisect.insort(rooms, (room - length, number))
+    return bins
+
+
+def stream_pieces(order: np.ndarray, starts: np.ndarray, begin: int, end: int) -> list[Piece]:
+    """The pieces of documents that the ids begin..end-1 of their stream are made of.
+
+    Args:
+        order: documents in the order of the stream.
+        starts: where in the stream each of them starts, and where the last one stops.
+        begin: first id.
+        end: one past the last id.
+    """
+    pieces = []
+    place = int(np.searchsorted(starts, begin, side="right")) - 1
+    while begin < end:
+        start, stop = int(starts[place]), min(end, int(starts[place + 1]))
+        pieces.append(Piece(int(order[place]), begin - start, stop - start))
+        begin, place = stop, place + 1
+    return pieces

@@ -1,0 +1,251 @@
+"""Raw rows of each layout behind one small interface: `len`, `name(index)`, `row(index)` -> column to value.
+
+A value may be a function without arguments, so that pixels are drawn, or bytes read, only where they are used.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cm3.data.scenes import example
+from cm3.errors import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+class Scenes:
+    """Scenes drawn by `cm3.data.scenes`; columns `text` and `image`."""
+
+    def __init__(self, seed: int, split: str, size: int) -> None:
+        self._seed, self._split, self._size = seed, split, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def name(self, index: int) -> str:
+        return f"scenes/{self._split}:{index}"
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        scene = example(self._seed, self._split, index)
+        return {"text": scene.caption, "image": lambda: scene.image}
+
+
+class Table:
+    """Rows of a table opened by `datasets`; images stay encoded until they are used."""
+
+    def __init__(self, table: Any, path: str, columns: list[str]) -> None:
+        from datasets import Image
+
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise DataError(
+                f"{path} has no column {missing[0]!r}; choose among {', '.join(table.column_names)}"
+            )
+        table = table.select_columns(list(dict.fromkeys(columns)))
+        for column, feature in table.features.items():
+            if isinstance(feature, Image):
+                table = table.cast_column(column, Image(decode=False))
+        self._table, self._path = table, path
+
+    @classmethod
+    def from_parquet(cls, path: str, split: str, columns: list[str]) -> Table:
+        """A Parquet file, a glob, or a folder: its `<split>*.parquet` (also under data/), else all it has."""
+        from datasets import load_dataset
+
+        if Path(path).is_dir():
+            folders = (Path(path), Path(path, "data"))
+            files = [file for folder in folders for file in sorted(folder.glob(f"{split}*.parquet"))]
+            files = files or sorted(Path(path).glob("*.parquet"))
+        else:
+            files = _files(path)
+        if not files:
+            raise DataError(
+                f"{path} holds no Parquet files; give a .parquet file, a glob or a folder of them"
+            )
+        return cls(
+            load_dataset("parquet", data_files=[str(file) for file in files], split="train"), path, columns
+        )
+
+    @classmethod
+    def from_hub(cls, path: str, subset: str | None, split: str, columns: list[str]) -> Table:
+        """A data set of the Hugging Face Hub, or a local folder in its layout."""
+        from datasets import load_dataset
+
+        try:
+            table = load_dataset(path, subset, split=split)
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"data set {path!r} (subset {subset!r}, split {split!r}) did not open: {error}"
+            ) from error
+        return cls(table, path, columns)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, index: int) -> str:
+        return f"{self._path}:{index}"
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        row: Mapping[str, Any] = self._table[index]
+        return row
+
+
+class JSONLines:
+    """One JSON object a line; the image column holds a path relative to the file."""
+
+    def __init__(self, path: str, image_column: str | None) -> None:
+        if not Path(path).is_file():
+            raise DataError(f"{path} is not a file; give a .jsonl file with one object a line")
+        self._path, self._image_column = Path(path), image_column
+        self._lines = [
+            (number, line)
+            for number, line in enumerate(self._path.read_bytes().splitlines(), start=1)
+            if line.strip()
+        ]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def name(self, index: int) -> str:
+        return f"{self._path}:{self._lines[index][0]}"
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        try:
+            row = json.loads(self._lines[index][1])
+        except ValueError as error:
+            raise DataError(f"not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"a line must hold a JSON object, found {type(row).__name__}")
+        if isinstance(row.get(self._image_column), str):
+            row[self._image_column] = str(self._path.parent / row[self._image_column])
+        return row
+
+
+class Folder:
+    """A folder of images, with sub-folders. Captions: a .txt beside each image, or metadata.jsonl / metadata.csv."""
+
+    def __init__(self, path: str, image_column: str | None) -> None:
+        self._root, self._image_column = Path(path), image_column or "image"
+        if not self._root.is_dir():
+            raise DataError(f"{path} is not a folder; give a folder of images")
+        self._rows: list[dict[str, Any]] | None = self._metadata()
+        self._images = [] if self._rows is not None else self._find_images()
+
+    def _metadata(self) -> list[dict[str, Any]] | None:
+        if (self._root / "metadata.jsonl").is_file():
+            lines = JSONLines(str(self._root / "metadata.jsonl"), None)
+            return [dict(lines.row(index)) for index in range(len(lines))]
+        if (self._root / "metadata.csv").is_file():
+            with (self._root / "metadata.csv").open(newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file))
+        return None
+
+    def _find_images(self) -> list[Path]:
+        return sorted(file for file in self._root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+
+    def __len__(self) -> int:
+        return len(self._images) if self._rows is None else len(self._rows)
+
+    def name(self, index: int) -> str:
+        return str(self._images[index]) if self._rows is None else f"{self._root}/metadata:{index}"
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        if self._rows is None:
+            image = self._images[index]
+            return {"text": lambda: _read_text(image.with_suffix(".txt")), self._image_column: str(image)}
+        row = self._rows[index]
+        if not isinstance(row.get("file_name"), str):
+            raise DataError("no column 'file_name' with the image's path")
+        return {**row, self._image_column: str(self._root / row["file_name"])}
+
+
+class WebDataset:
+    """Tar files whose members share a key up to the first dot: `0001.jpg`, `0001.txt`, `0001.json` are one row.
+
+    Columns: `image` (bytes), `text` (.txt, else `text` or `caption` of .json) and every key of .json. The members'
+    places in the tars are read once, so rows are random access; the tars must be plain, not compressed.
+    """
+
+    def __init__(self, path: str) -> None:
+        files = sorted(Path(path).glob("*.tar")) if Path(path).is_dir() else _files(path)
+        if not files:
+            raise DataError(f"{path} holds no tar files; give a .tar file, a glob or a folder of them")
+        self._rows: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
+        for file in files:
+            self._rows += [(file, key, members) for key, members in _tar_members(file).items()]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        file, key, _ = self._rows[index]
+        return f"{file}:{key}"
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        file, _, members = self._rows[index]
+        row: dict[str, Any] = {}
+        if ".json" in members:
+            try:
+                row.update(json.loads(_read_member(file, members[".json"])))
+            except (ValueError, TypeError) as error:
+                raise DataError(f".json does not hold an object ({error})") from error
+        if ".txt" in members:
+            row["text"] = _decode(_read_member(file, members[".txt"]), ".txt")
+        elif "text" not in row and "caption" in row:
+            row["text"] = row["caption"]
+        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        if image is not None:
+            row["image"] = lambda: _read_member(file, image)
+        return row
+
+
+def _files(pattern: str) -> list[Path]:
+    """An existing file, or what a glob pattern finds."""
+    path = Path(pattern)
+    if path.exists():
+        return [path]
+    anchor = Path(path.anchor)
+    return sorted(anchor.glob(str(path.relative_to(anchor))))
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"no caption: {path.name} is missing")
+    return _decode(path.read_bytes(), path.name)
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 ({error})") from error
+
+
+def _tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> suffix (lower case, with its dot) -> (offset, size) of the members of a tar."""
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                if member.isfile() and stem and dot:
+                    place = (member.offset_data, member.size)
+                    rows.setdefault(f"{folder}/{stem}" if folder else stem, {})[f".{suffix.lower()}"] = place
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{path} is not a readable, uncompressed tar ({error}); unpack or rewrite it"
+        ) from error
+    return rows
+
+
+def _read_member(path: Path, place: tuple[int, int]) -> bytes:
+    offset, size = place
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)

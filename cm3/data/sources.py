@@ -1,0 +1,224 @@
+"""Where documents come from: one config, one `Source`, whatever the raw layout; bad rows are counted, named, skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image as PILImage
+
+from cm3.data import readers
+from cm3.errors import CM3Error, ConfigError, DataError
+from cm3.tokenizers.document import Document, Image, Text
+from cm3.tokenizers.image import load_image
+
+_NAMED_ROWS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Which raw rows to read, and which of their columns."""
+
+    kind: Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset"]
+    """scenes: drawn by `cm3.data.scenes`; parquet: a file, a glob or a folder holding `<split>*.parquet`; hub: a name
+    on the Hugging Face Hub or a local folder in its layout; jsonl: one object a line, image paths relative to the
+    file; folder: images with a .txt of the same name each, or metadata.jsonl / metadata.csv with a `file_name` column;
+    webdataset: a tar file, a glob of them or a folder of them."""
+    path: str = ""
+    """Where the rows lie (see `kind`); not used by scenes."""
+    subset: str | None = None
+    """Configuration name of a Hub data set; None where it has only one."""
+    split: str = "train"
+    """Which split of scenes, hub and of a parquet folder."""
+    text_columns: tuple[str, ...] = ("text",)
+    """Columns holding the caption; with several, each row uses one of its filled ones, drawn by `seed`. Empty: no
+    text, images only. webdataset: `txt`'s content and the keys of `json` are columns, `text` means either."""
+    image_column: str | None = "image"
+    """Column holding the image (bytes, a path, or the {bytes, path} of `datasets`); None: text only."""
+    limit: int | None = None
+    """Use the first rows only; None is all. Scenes are endless and need it."""
+    seed: int = 0
+    """Draws the text column of each row, and the scenes."""
+    max_bad_fraction: float = 0.01
+    """Stop with an error once more than this share of all rows could not be used."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "scenes" and self.limit is None:
+            raise ConfigError("kind=scenes has no end; set limit to the number of scenes to use")
+        if self.kind != "scenes" and not self.path:
+            raise ConfigError(f"kind={self.kind} needs a path; set it in the config or with --data.path")
+        if not self.text_columns and self.image_column is None:
+            raise ConfigError(
+                "text_columns is empty and image_column is null; name at least one column to read"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(
+                f"limit={self.limit} leaves no rows; give a positive number, or null for all rows"
+            )
+        if not 0.0 <= self.max_bad_fraction <= 1.0:
+            raise ConfigError(
+                f"max_bad_fraction={self.max_bad_fraction} is not a share; give a number from 0 to 1"
+            )
+
+
+class Reader(Protocol):
+    """Random access to raw rows. A column's value may be a function without arguments, called when it is needed."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def row(self, index: int) -> Mapping[str, Any]: ...
+
+
+@dataclass
+class RowReport:
+    """What became of the rows read so far."""
+
+    read: int = 0
+    bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    """`row: reason` of the first 20 bad rows."""
+
+    @property
+    def kept(self) -> int:
+        return self.read - self.bad
+
+    def add_bad(self, reason: str) -> None:
+        self.bad += 1
+        if len(self.bad_rows) < _NAMED_ROWS:
+            self.bad_rows.append(reason)
+
+    def merge(self, other: RowReport) -> None:
+        self.read += other.read
+        self.bad += other.bad
+        self.bad_rows = (self.bad_rows + other.bad_rows)[:_NAMED_ROWS]
+
+    def check(self, num_rows: int, max_bad_fraction: float) -> None:
+        """Raise `DataError` if the bad rows are more than the allowed share of `num_rows`."""
+        if self.bad > max_bad_fraction * num_rows:
+            raise DataError(
+                f"{self.bad} of {num_rows} rows are bad, more than max_bad_fraction={max_bad_fraction} allows; "
+                f"repair them or raise max_bad_fraction. First: {'; '.join(self.bad_rows[:3])}"
+            )
+
+
+class Source:
+    """The documents of a config: `len`, random access (a bad row raises `DataError`), iteration (skips bad rows)."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        self.report = RowReport()
+        self._reader = _READERS[config.kind](config)
+        if not len(self._reader):
+            raise DataError(f"{config.path} has no rows for kind={config.kind}; check path and split")
+
+    def __len__(self) -> int:
+        limit = self.config.limit
+        return len(self._reader) if limit is None else min(limit, len(self._reader))
+
+    def __getitem__(self, index: int) -> Document:
+        """The document of a row: its text, then its image (spec 1.2).
+
+        Raises:
+            DataError: naming the row, if its text or image is missing or broken.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} was asked for; the source has {len(self)}")
+        name = self._reader.name(index)
+        try:
+            row = self._reader.row(index)
+            segments: list[Text | Image] = []
+            if self.config.text_columns:
+                texts = self._texts(row)
+                drawn = (
+                    0
+                    if len(texts) == 1
+                    else np.random.default_rng((self.config.seed, index)).integers(len(texts))
+                )
+                segments.append(Text(texts[drawn]))
+            if self.config.image_column is not None:
+                segments.append(Image(_image(row, self.config.image_column)))
+        except (CM3Error, OSError) as error:
+            raise DataError(f"{name}: {error}") from error
+        return Document(tuple(segments), {"row": name})
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.rows(0, len(self))
+
+    def rows(self, start: int, stop: int) -> Iterator[Document]:
+        """The good documents among rows start..stop-1; `report` goes on counting.
+
+        Raises:
+            DataError: once the bad rows pass `max_bad_fraction` of all rows.
+        """
+        for index in range(start, stop):
+            self.report.read += 1
+            try:
+                document = self[index]
+            except DataError as error:
+                self.report.add_bad(str(error))
+                self.report.check(len(self), self.config.max_bad_fraction)
+                continue
+            yield document
+
+    def texts(self) -> Iterator[str]:
+        """Every text of every row, all text columns of it, without touching images; to train a text tokenizer."""
+        for index in range(len(self)):
+            self.report.read += 1
+            try:
+                yield from self._texts(self._reader.row(index))
+            except (CM3Error, OSError) as error:
+                self.report.add_bad(f"{self._reader.name(index)}: {error}")
+                self.report.check(len(self), self.config.max_bad_fraction)
+
+    def _texts(self, row: Mapping[str, Any]) -> list[str]:
+        columns = self.config.text_columns
+        values = [_value(row, column) for column in columns]
+        texts = [value for value in values if isinstance(value, str) and value.strip()]
+        if not texts:
+            raise DataError(
+                f"no text in {' or '.join(columns)} (found {', '.join(repr(v)[:40] for v in values)})"
+            )
+        return texts
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Open the rows of a config.
+
+    Raises:
+        DataError: if the path does not exist or holds no rows.
+    """
+    return Source(config)
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    if column not in row:
+        raise DataError(f"no column {column!r}; the row has {', '.join(map(repr, row))}")
+    value = row[column]
+    return value() if callable(value) else value
+
+
+def _image(row: Mapping[str, Any], column: str) -> PILImage.Image:
+    value = _value(row, column)
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == "":
+        raise DataError(f"no image in {column!r}")
+    return load_image(value)
+
+
+_READERS: dict[str, Callable[[SourceConfig], Reader]] = {
+    "scenes": lambda c: readers.Scenes(c.seed, c.split, c.limit or 0),
+    "parquet": lambda c: readers.Table.from_parquet(c.path, c.split, _columns(c)),
+    "hub": lambda c: readers.Table.from_hub(c.path, c.subset, c.split, _columns(c)),
+    "jsonl": lambda c: readers.JSONLines(c.path, c.image_column),
+    "folder": lambda c: readers.Folder(c.path, c.image_column),
+    "webdataset": lambda c: readers.WebDataset(c.path),
+}
+
+
+def _columns(config: SourceConfig) -> list[str]:
+    return [*config.text_columns, *([config.image_column] if config.image_column is not None else [])]

@@ -1,0 +1,1 @@
+"""Sampling of text and pictures from a trained model."""

@@ -1,0 +1,289 @@
+"""The decoding engine: many requests, many samples of each, one static cache, one step for all rows.
+
+Every row has its own length, place in its grammar, seed and settings; nothing a row produces depends on its neighbours.
+Guidance rows are extra rows of the same forward pass with their own prompt and cache. Letters added: R rows of the
+forward pass (B rows that produce ids, then G guidance rows), U distinct prompts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from cm3.errors import RequestError
+from cm3.generation.grammar import END, Grammar, GrammarTables, Kind, id_kinds
+from cm3.generation.sampler import Sampler
+from cm3.generation.settings import SamplingSettings
+from cm3.model.cache import KeyValueCache
+from cm3.model.transformer import Transformer
+from cm3.tokenizers.vocabulary import Vocabulary
+
+CHECK_INTERVAL = 8
+"""Steps between two looks at the device while rows may end at any time; images have a known length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and what to make of it."""
+
+    prompt_ids: tuple[int, ...]
+    """Ids of the joint vocabulary that the row starts from."""
+    grammar: Grammar
+    """What the new ids must look like."""
+    max_new_tokens: int
+    """Budget of new ids; the grammar reaches its end within it."""
+    unconditional_ids: tuple[int, ...] | None = None
+    """The prompt of the guidance row; None where guidance cannot be used."""
+    forced_ids: tuple[int, ...] = ()
+    """For each new position the id that must stand there, -1 where the model chooses; positions beyond are free."""
+    seeds: tuple[int, ...] = (0,)
+    """One sample per seed: the same seed gives the same noise, whatever else is in the batch."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sample of one request."""
+
+    request: Request
+    settings: SamplingSettings
+    seed: int
+
+    @property
+    def is_guided(self) -> bool:
+        return self.settings.guidance_scale != 1
+
+
+@dataclass
+class _Batch:
+    """All that a step reads and writes: tensors of static shapes, updated in place."""
+
+    tables: GrammarTables
+    cache: KeyValueCache
+    last_R: Int[Tensor, " R"]
+    owner_R: Int[Tensor, " R"]
+    state_B: Int[Tensor, " B"]
+    taken_B: Int[Tensor, " B"]
+    left_B: Int[Tensor, " B"]
+    step_1: Int[Tensor, " 1"]
+    forced_BT: Int[Tensor, "B T"]
+    output_BT: Int[Tensor, "B T"]
+    sampler: Sampler
+
+
+class Engine:
+    """Runs requests on a model.
+
+    Args:
+        model: it stays where it is; the cache takes its device and number type.
+        vocabulary: the id space of the model.
+        max_batch_rows: most rows of one forward pass, guidance rows included; more work is split. Bounds memory.
+        compile: compile the step with `torch.compile`. The first steps of every new batch shape then take long;
+            it pays where many batches of one shape follow.
+    """
+
+    def __init__(
+        self, model: Transformer, vocabulary: Vocabulary, *, max_batch_rows: int = 64, compile: bool = False
+    ) -> None:
+        if max_batch_rows < 2:
+            raise RequestError(f"max_batch_rows={max_batch_rows}, but a row with guidance takes 2; choose 2 or more")
+        self.model = model
+        self.vocabulary = vocabulary
+        self.max_batch_rows = max_batch_rows
+        self._kind_V = id_kinds(vocabulary)
+        self._step: Callable[[_Batch, bool], None] = self._decode_step
+        if compile:
+            self._step = torch.compile(self._decode_step, fullgraph=True, dynamic=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embedding.weight.device
+
+    def run(
+        self, requests: Sequence[Request], settings: SamplingSettings | Sequence[SamplingSettings]
+    ) -> list[list[np.ndarray]]:
+        """Generate every sample of every request.
+
+        Args:
+            settings: for all requests, or one for each.
+
+        Returns:
+            For each request, for each of its seeds, the new ids (int64), up to what ended the row and including it.
+
+        Raises:
+            RequestError: a request does not fit the model's context or budget, or guidance lacks a prompt.
+        """
+        if isinstance(settings, SamplingSettings):
+            settings = [settings] * len(requests)
+        rows = []
+        for index, (request, chosen) in enumerate(zip(requests, settings, strict=True)):
+            self._check(index, request, chosen)
+            rows += [_Row(request, chosen, seed) for seed in request.seeds]
+        with _evaluating(self.model), torch.inference_mode():
+            outputs = iter([ids for part in self._parts(rows) for ids in self._run_rows(part)])
+        return [[next(outputs) for _ in request.seeds] for request in requests]
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """Log-probability (nats, over the whole vocabulary) of each continuation after its prompt.
+
+        Args:
+            sequences: pairs of prompt ids and continuation ids; neither is empty.
+        """
+        scores = []
+        with _evaluating(self.model), torch.inference_mode():
+            for start in range(0, len(sequences), self.max_batch_rows):
+                part = sequences[start : start + self.max_batch_rows]
+                hidden_BTD = self.model(self._padded([[*prompt, *continuation] for prompt, continuation in part]))
+                for (prompt, continuation), hidden_TD in zip(part, hidden_BTD, strict=True):
+                    places = slice(len(prompt) - 1, len(prompt) + len(continuation) - 1)
+                    log_p_TV = self.model.logits(hidden_TD[places]).float().log_softmax(dim=-1)
+                    targets_T1 = torch.tensor(continuation, device=self.device)[:, None]
+                    scores.append(log_p_TV.gather(1, targets_T1).sum().item())
+        return scores
+
+    def _check(self, index: int, request: Request, settings: SamplingSettings) -> None:
+        """Refuse what cannot be served, before anything is computed."""
+        if any(not 0 <= seed < 1 << 63 for seed in request.seeds):
+            raise RequestError(f"request {index} has the seeds {request.seeds}; choose integers from 0 to 2**63 - 1")
+        limit = self.model.config.max_positions
+        prompts = [request.prompt_ids]
+        if settings.guidance_scale != 1:
+            if request.unconditional_ids is None:
+                raise RequestError(
+                    f"request {index} asks for guidance_scale={settings.guidance_scale}, but has no unconditional "
+                    "prompt to compare with; set guidance_scale=1"
+                )
+            prompts.append(request.unconditional_ids)
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + request.max_new_tokens > limit:
+            raise RequestError(
+                f"request {index} has {longest} prompt ids and asks for {request.max_new_tokens} new ones, together "
+                f"{longest + request.max_new_tokens}; the model has {limit} positions: shorten the prompt or ask for less"
+            )
+        if not min(len(prompt) for prompt in prompts) or not request.seeds:
+            raise RequestError(f"request {index} has an empty prompt or no seeds; give at least one of each")
+        fewest = request.grammar.fewest_ids()[request.grammar.start]
+        if request.max_new_tokens < fewest:
+            raise RequestError(
+                f"request {index} allows {request.max_new_tokens} new ids, but needs {fewest}; raise max_new_tokens"
+            )
+        request.grammar.check_forced(request.forced_ids, request.max_new_tokens, self._kind_V)
+
+    def _parts(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        """The rows in order, in batches of at most `max_batch_rows` rows with their guidance rows."""
+        part: list[_Row] = []
+        size = 0
+        for row in rows:
+            cost = 2 if row.is_guided else 1
+            if size + cost > self.max_batch_rows:
+                yield part
+                part, size = [], 0
+            part.append(row)
+            size += cost
+        if part:
+            yield part
+
+    def _run_rows(self, rows: Sequence[_Row]) -> list[np.ndarray]:
+        """Prefill and decode one batch; the new ids of each row."""
+        batch = self._start(rows)
+        while True:
+            states, taken, left = torch.stack([batch.state_B, batch.taken_B, batch.left_B]).tolist()
+            longest = max(0 if state == END else count for state, count in zip(states, left, strict=True))
+            if longest == 0:
+                break
+            image_steps = batch.tables.image_steps(states, taken)
+            for _ in range(min(image_steps or CHECK_INTERVAL, longest)):
+                self._step(batch, image_steps > 0)
+        output_BT = batch.output_BT.cpu().numpy()
+        lengths = [row.request.max_new_tokens - count for row, count in zip(rows, left, strict=True)]
+        return [ids_T[:length].copy() for ids_T, length in zip(output_BT, lengths, strict=True)]
+
+    def _start(self, rows: Sequence[_Row]) -> _Batch:
+        """The batch before its first step: prompts prefilled up to their last id, which the first step feeds."""
+        device = self.device
+        guided = [index for index, row in enumerate(rows) if row.is_guided]
+        prompts = [row.request.prompt_ids for row in rows]
+        prompts += [rows[index].request.unconditional_ids or () for index in guided]
+        owners = [*range(len(rows)), *guided]
+        budgets = [row.request.max_new_tokens for row in rows]
+        capacity = max(len(prompt) + budgets[owner] for prompt, owner in zip(prompts, owners, strict=True))
+        tables = GrammarTables([row.request.grammar for row in rows], self.vocabulary, device)
+        forced_BT = np.full((len(rows), max(budgets)), -1)
+        for row, forced_T in zip(rows, forced_BT, strict=True):
+            forced_T[: len(row.request.forced_ids)] = row.request.forced_ids
+        return _Batch(
+            tables=tables,
+            cache=self._prefill([prompt[:-1] for prompt in prompts], capacity),
+            last_R=torch.tensor([prompt[-1] for prompt in prompts], device=device),
+            owner_R=torch.tensor(owners, device=device),
+            state_B=torch.tensor(tables.starts, device=device),
+            taken_B=torch.zeros(len(rows), dtype=torch.long, device=device),
+            left_B=torch.tensor(budgets, device=device),
+            step_1=torch.zeros(1, dtype=torch.long, device=device),
+            forced_BT=torch.from_numpy(forced_BT).to(device),
+            output_BT=torch.full(forced_BT.shape, self.vocabulary.pad_id, device=device),
+            sampler=Sampler(
+                [row.settings for row in rows], [row.seed for row in rows], guided, self.vocabulary, device
+            ),
+        )
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], capacity: int) -> KeyValueCache:
+        """A cache that holds the prompts; each distinct one goes through the model once."""
+        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        weight = self.model.embedding.weight
+        cache = KeyValueCache.create(self.model.config, len(distinct), capacity, weight.dtype, weight.device)
+        if any(distinct):
+            lengths_U = torch.tensor([len(prompt) for prompt in distinct], device=weight.device)
+            self.model(self._padded(list(distinct)), cache=cache, num_new_B=lengths_U)
+        return cache.select(torch.tensor([distinct[prompt] for prompt in prompts], device=weight.device))
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> Int[Tensor, "B T"]:
+        """Sequences of ids, padded on the right to the longest."""
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.vocabulary.pad_id).to(self.device)
+
+    def _decode_step(self, batch: _Batch, image_only: bool) -> None:
+        """Feed the last ids, draw the next ones. No branch on data and no synchronisation with the host.
+
+        Args:
+            image_only: no row can choose among anything but image ids, so only their part of the head is computed.
+        """
+        active_B = batch.state_B != END
+        hidden_R1D = self.model(
+            batch.last_R[:, None], cache=batch.cache, num_new_B=active_B[batch.owner_R].long()
+        )
+        image = self.vocabulary.image_range
+        logits_RV = self.model.logits(hidden_R1D[:, 0], (image.start, image.stop) if image_only else None).float()
+        if image_only:
+            drawn_B = batch.sampler.draw(logits_RV, batch.step_1, None, first_id=image.start)
+        else:
+            allowed_BV = batch.tables.allowed(batch.state_B, batch.left_B)
+            drawn_B = batch.sampler.draw(logits_RV, batch.step_1, allowed_BV, first_id=0)
+
+        literal_B = batch.tables.literal(batch.state_B)
+        forced_B = batch.forced_BT.index_select(1, batch.step_1)[:, 0]
+        ids_B = torch.where(literal_B >= 0, literal_B, torch.where(forced_B >= 0, forced_B, drawn_B))
+        if not image_only:
+            batch.sampler.see(ids_B, batch.tables.kind_V[ids_B] == Kind.TEXT)
+        state_B, taken_B = batch.tables.advance(batch.state_B, batch.taken_B, ids_B)
+        batch.output_BT.index_copy_(1, batch.step_1, ids_B[:, None])
+        batch.last_R.copy_(ids_B[batch.owner_R])
+        batch.state_B.copy_(state_B)
+        batch.taken_B.copy_(taken_B)
+        batch.left_B.sub_(active_B.long())
+        batch.step_1.add_(1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

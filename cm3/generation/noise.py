@@ -1,0 +1,67 @@
+"""Counter-based noise: every random number is a pure function of (seed, position, purpose, id).
+
+Nothing is stored and nothing is drawn in order, so a row gets the same noise alone, in a batch or reordered, on every
+device and inside a compiled step. The hash works on unsigned 32-bit values held in int64; constants are written as
+signed 32-bit numbers so that no product leaves 64 bits. Its mixing function has the xorshift-multiply form of
+MurmurHash3's finaliser (A. Appleby, public domain) with C. Wellons's "lowbias32" constants.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TOKEN_NOISE = 1
+"""Purpose of the noise that draws the next id; another use of noise takes another number."""
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B - (1 << 32)
+_STEP_1 = 0x9E3779B9
+_STEP_2 = 0x85EBCA6B
+
+
+def _mix(values: Tensor) -> Tensor:
+    """Bijective scrambling of unsigned 32-bit values held in int64."""
+    values = values ^ (values >> 16)
+    values = (values * _MULTIPLIER_1) & _MASK
+    values = values ^ (values >> 15)
+    values = (values * _MULTIPLIER_2) & _MASK
+    return values ^ (values >> 16)
+
+
+def hash_bits(
+    seed_B: Int[Tensor, " B"], position_B: Int[Tensor, " B"], purpose: int, size: int, start: int = 0
+) -> Int[Tensor, "B V"]:
+    """Hash of (seed, position, purpose, id) for ids `start .. start + size`, as unsigned 32-bit values in int64.
+
+    Seeds are 64-bit. Two independent 32-bit keys per (seed, position, purpose) keep rows apart.
+    """
+    seed_B = seed_B.long()
+    low_B, high_B = seed_B & _MASK, (seed_B >> 32) & _MASK
+    place_B = position_B.long() & _MASK
+    keys = []
+    for step in (_STEP_1, _STEP_2):
+        key_B = _mix(low_B ^ step)
+        key_B = _mix(key_B ^ high_B)
+        key_B = _mix((key_B + place_B) & _MASK)
+        keys.append(_mix((key_B + purpose * step) & _MASK)[:, None])
+    ids_V = torch.arange(start, start + size, device=seed_B.device)
+    return _mix(_mix(ids_V ^ keys[0]) ^ keys[1])
+
+
+def uniform(
+    seed_B: Int[Tensor, " B"], position_B: Int[Tensor, " B"], purpose: int, size: int, start: int = 0
+) -> Float[Tensor, "B V"]:
+    """Uniform float32 numbers in the open interval (0, 1), finely spaced near 0 (multiples of 2**-33)."""
+    bits_BV = hash_bits(seed_B, position_B, purpose, size, start)
+    return ((bits_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def gumbel(
+    seed_B: Int[Tensor, " B"], position_B: Int[Tensor, " B"], purpose: int, size: int, start: int = 0
+) -> Float[Tensor, "B V"]:
+    """Standard Gumbel noise: `argmax(logits + gumbel)` is one draw from `softmax(logits)`.
+
+    Written as -log(-log(1 - u)): the large values, which decide the draw, come from the finely spaced end of u.
+    """
+    return -torch.log(-torch.log1p(-uniform(seed_B, position_B, purpose, size, start)))

@@ -1,0 +1,236 @@
+"""Requests for what a user asks: pictures from text, text from pictures, parts of either, and free completion.
+
+Every prompt followed by what its grammar lets through is a row as training makes it (spec 2.2, 2.6), with
+E `</s>`, B `<break>`, S `<sentinel>`:
+
+    text to image   E text B | codes                    infill text    E before S0 after [B image] E S0 | text <eoss>
+    unconditional   E S0 B | codes                      infill image   E text B codes S0 codes E S0 | codes <eoss>
+    complete        E segment [B segment]* | ...                       (one sentinel for every masked run of codes)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from cm3.errors import RequestError
+from cm3.generation import grammar
+from cm3.generation.engine import Request
+from cm3.generation.grammar import After, Span
+from cm3.tokenizers.document import ImageCodes, TextTokens
+from cm3.tokenizers.vocabulary import Vocabulary
+
+Codes = Integer[np.ndarray, "H W"]
+"""The codes of one image."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Makes requests. Texts are piece ids as `TextTokenizer.encode` returns them, images grids of codes."""
+
+    vocabulary: Vocabulary
+    grid: tuple[int, int]
+    """Height and width of an image in codes."""
+
+    def text_to_image(self, text: Sequence[int] | None, *, seeds: Sequence[int] = (0,)) -> Request:
+        """An image for a caption, or any image (None); guidance compares with any image."""
+        anything = (self._eos, self.vocabulary.sentinel_id(0), self._break)
+        return Request(
+            prompt_ids=anything if text is None else (self._eos, *self._text(text), self._break),
+            unconditional_ids=anything,
+            grammar=grammar.image(self._codes_per_image),
+            max_new_tokens=self._codes_per_image,
+            seeds=tuple(seeds),
+        )
+
+    def infill_text(
+        self,
+        before: Sequence[int],
+        after: Sequence[int],
+        codes_HW: Codes | None = None,
+        *,
+        max_new_tokens: int,
+        seeds: Sequence[int] = (0,),
+    ) -> Request:
+        """The text between two texts, of a document of its own or of an image's caption.
+
+        With an image and nothing before and after it is the caption. Take spaces into the generated part: pieces
+        of text carry the space before a word, so `before` should not end in one.
+
+        Args:
+            max_new_tokens: budget of new ids; the `<eoss>` that ends the text is one of them.
+        """
+        sentinel = self.vocabulary.sentinel_id(0)
+        prompt = [self._eos, *self._text(before), sentinel, *self._text(after)]
+        if codes_HW is not None:
+            prompt += [self._break, *self._image(codes_HW)]
+        return Request(
+            prompt_ids=(*prompt, self._eos, sentinel),
+            grammar=grammar.infill([Span(sentinel, None)], self.vocabulary.eoss_id),
+            max_new_tokens=max_new_tokens,
+            seeds=tuple(seeds),
+        )
+
+    def infill_image(
+        self,
+        codes_HW: Codes,
+        mask_HW: Bool[np.ndarray, "H W"],
+        text: Sequence[int] | None,
+        *,
+        spans: Literal["runs", "single"] = "single",
+        seeds: Sequence[int] = (0,),
+    ) -> Request:
+        """The codes under a mask, from the codes around it and a caption; `filled` puts the new codes in their place.
+
+        Args:
+            mask_HW: True where codes are to be made anew.
+            text: the caption; None: it is masked too (by the sentinel after those of the image, so that the image's
+                have the same names in both rows of guidance).
+            spans: "runs": one sentinel for every run of masked codes in raster order, so one per row of a box;
+                "single": one sentinel from the first to the last masked code, the codes between them that are not
+                masked being forced. Training shows one span far more often than many.
+
+        Raises:
+            RequestError: the mask is empty, or has more runs than the vocabulary has sentinels.
+        """
+        ids = self._image(codes_HW)
+        if mask_HW.shape != self.grid or not mask_HW.any():
+            raise RequestError(
+                f"the mask has shape {mask_HW.shape} and {int(mask_HW.sum())} masked codes; an image has "
+                f"{self.grid[0]}x{self.grid[1]} codes, mask at least one"
+            )
+        masked = mask_HW.ravel()
+        bounds = _runs(masked)
+        if spans == "single":
+            bounds = [(bounds[0][0], bounds[-1][1])]
+        if len(bounds) >= self.vocabulary.num_sentinels:
+            raise RequestError(
+                f"the mask has {len(bounds)} runs of codes, the vocabulary {self.vocabulary.num_sentinels} sentinels; "
+                "choose spans='single' or a simpler mask"
+            )
+        sentinels = [self.vocabulary.sentinel_id(index) for index in range(len(bounds) + 1)]
+        holed: list[int] = []
+        forced: list[int] = []
+        end = 0
+        for (start, stop), sentinel in zip(bounds, sentinels, strict=False):
+            holed += [*ids[end:start], sentinel]
+            forced += [-1 if masked[place] else ids[place] for place in range(start, stop)]
+            forced += [-1, -1]
+            end = stop
+        image = [self._break, *holed, *ids[end:], self._eos, sentinels[0]]
+        masked_text = [self._eos, sentinels[-1]]
+        moved = [Span(id, stop - start) for id, (start, stop) in zip(sentinels, bounds, strict=False)]
+        rows = grammar.infill(moved, self.vocabulary.eoss_id)
+        return Request(
+            prompt_ids=tuple((masked_text if text is None else [self._eos, *self._text(text)]) + image),
+            unconditional_ids=tuple(masked_text + image),
+            grammar=rows,
+            max_new_tokens=rows.fewest_ids()[rows.start],
+            forced_ids=tuple(forced[:-2]),
+            seeds=tuple(seeds),
+        )
+
+    def complete(
+        self,
+        segments: Sequence[TextTokens | ImageCodes],
+        *,
+        max_new_tokens: int,
+        seeds: Sequence[int] = (0,),
+    ) -> Request:
+        """The rest of a document that begins with these segments (none: a whole document), up to its `</s>`.
+
+        A text goes on where it stops; after an image a new segment begins. Images are written only where the
+        budget has room for all of their codes.
+        """
+        prompt = [self._eos]
+        after = After.BREAK
+        for index, segment in enumerate(segments):
+            if index > 0:
+                prompt.append(self._break)
+            if isinstance(segment, ImageCodes):
+                prompt += self._image(segment.codes_HW)
+                after = After.IMAGE
+            else:
+                prompt += self._text(segment.tokens)
+                after = After.TEXT if len(segment.tokens) else After.BREAK
+        return Request(
+            prompt_ids=tuple(prompt),
+            grammar=grammar.interleaved(self._codes_per_image, after),
+            max_new_tokens=max_new_tokens,
+            seeds=tuple(seeds),
+        )
+
+    def image_codes(self, new_ids: Integer[np.ndarray, " T"]) -> Codes:
+        """The image among the new ids of a text-to-image request."""
+        return self.vocabulary.ids_to_codes(new_ids).reshape(self.grid)
+
+    def text_tokens(self, new_ids: Integer[np.ndarray, " T"]) -> list[int]:
+        """The piece ids among the new ids of a text request, for `TextTokenizer.decode`."""
+        return self.vocabulary.ids_to_text(new_ids[self.vocabulary.is_text(new_ids)]).tolist()
+
+    def filled(
+        self, codes_HW: Codes, mask_HW: Bool[np.ndarray, "H W"], request: Request, new_ids: Integer[np.ndarray, " T"]
+    ) -> Codes:
+        """The image with the new ids of an `infill_image` request under the mask; nothing else changes."""
+        forced = np.array(request.forced_ids)
+        new = new_ids[: len(forced)][forced < 0]
+        codes = codes_HW.copy()
+        codes[mask_HW] = self.vocabulary.ids_to_codes(new[self.vocabulary.is_image(new)])
+        return codes
+
+    @property
+    def _eos(self) -> int:
+        return self.vocabulary.eos_id
+
+    @property
+    def _break(self) -> int:
+        return self.vocabulary.break_id
+
+    @property
+    def _codes_per_image(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def _text(self, pieces: Sequence[int] | np.ndarray) -> list[int]:
+        return self.vocabulary.text_to_ids(pieces).tolist()
+
+    def _image(self, codes_HW: Codes) -> list[int]:
+        if codes_HW.shape != tuple(self.grid):
+            raise RequestError(
+                f"an image has {codes_HW.shape[0]}x{codes_HW.shape[1]} codes, this model's images have "
+                f"{self.grid[0]}x{self.grid[1]}; encode it with the model's own image tokenizer"
+            )
+        return self.vocabulary.codes_to_ids(codes_HW.ravel()).tolist()
+
+
+def box_mask(
+    box: tuple[int, int, int, int], image_size: tuple[int, int], grid: tuple[int, int]
+) -> Bool[np.ndarray, "H W"]:
+    """The codes that a box of pixels touches.
+
+    Args:
+        box: left, top, right, bottom in pixels; right and bottom are the first pixels outside.
+        image_size: height and width in pixels.
+        grid: height and width in codes.
+
+    Raises:
+        RequestError: the box is empty or leaves the picture.
+    """
+    left, top, right, bottom = box
+    height, width = image_size
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise RequestError(
+            f"box {left},{top},{right},{bottom} does not lie in the {width}x{height} picture; give left,top,right,bottom "
+            f"with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
+        )
+    rows, columns = np.arange(grid[0]), np.arange(grid[1])
+    touched_H = (rows * height < bottom * grid[0]) & ((rows + 1) * height > top * grid[0])
+    touched_W = (columns * width < right * grid[1]) & ((columns + 1) * width > left * grid[1])
+    return touched_H[:, None] & touched_W[None, :]
+
+
+def _runs(masked_P: Bool[np.ndarray, " P"]) -> list[tuple[int, int]]:
+    """Start and stop of every run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], masked_P, [False]])))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

@@ -1,0 +1,1 @@
+"""The CM3 transformer: configuration, layers, cache, loss and objective."""

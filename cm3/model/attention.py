@@ -1,0 +1,178 @@
+"""Attention behind one entry with named backends: a math reference, torch's SDPA and flash-attn.
+
+    B batch   T queries   S keys   N query heads   G key/value heads   K head width
+"""
+
+import importlib.util
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cm3.errors import ConfigError, MissingDependencyError
+from cm3.model.masks import AttentionMask, CacheMask, CausalMask, DocumentGroups, PackedMask
+
+Backend = Literal["auto", "math", "sdpa", "flash"]
+
+
+def has_flash_attention() -> bool:
+    """Whether flash-attn is installed; does not import it."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def attend(
+    q_BTNK: Float[Tensor, "B T N K"],
+    k_BSGK: Float[Tensor, "B S G K"],
+    v_BSGK: Float[Tensor, "B S G K"],
+    *,
+    mask: AttentionMask,
+    backend: Backend = "auto",
+) -> Float[Tensor, "B T N K"]:
+    """Scaled dot-product attention (arXiv:1706.03762, equation 1), grouped-query if G < N.
+
+    Every backend computes the same function and takes its softmax statistics in float32. Queries at padding
+    give zeros. Without a cache S = T.
+
+    Args:
+        backend: "math" is the readable reference; "sdpa" runs everywhere; "flash" (flash-attn, CUDA, 16 bit)
+            serves causal and packed rows and leaves rows with a cache to SDPA; "auto" takes flash where it
+            is installed and applies, else SDPA.
+
+    Raises:
+        ConfigError: for an unknown backend.
+        MissingDependencyError: if flash-attn is asked for and not installed.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"attention backend {backend!r} is unknown; choose {', '.join(get_args(Backend))}")
+    if backend == "auto":
+        fits_flash = q_BTNK.is_cuda and q_BTNK.dtype in (torch.float16, torch.bfloat16)
+        backend = "flash" if fits_flash and has_flash_attention() else "sdpa"
+    if backend == "math":
+        return _math(q_BTNK, k_BSGK, v_BSGK, mask)
+    if isinstance(mask, CacheMask):
+        return _sdpa_cached(q_BTNK, k_BSGK, v_BSGK, mask)
+    if isinstance(mask, PackedMask):
+        run = _flash_packed if backend == "flash" else _sdpa_packed
+        return run(q_BTNK, k_BSGK, v_BSGK, mask)
+    if backend == "flash":
+        return _flash_attn().flash_attn_func(q_BTNK, k_BSGK, v_BSGK, causal=True)
+    return _sdpa_causal(q_BTNK, k_BSGK, v_BSGK)
+
+
+def _math(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: AttentionMask) -> Tensor:
+    """The definition, in float32 and with every score in memory."""
+    if isinstance(mask, CausalMask):
+        visible_BTS = mask.visible(q_BTNK.shape[1], q_BTNK.device)
+    elif isinstance(mask, PackedMask):
+        visible_BTS = mask.visible()
+    else:
+        visible_BTS = mask.visible_BTS
+        if mask.real_BT is not None:
+            visible_BTS = visible_BTS & mask.real_BT[..., None]
+    group_size = q_BTNK.shape[2] // k_BSGK.shape[2]
+    k_BSNK = k_BSGK.float().repeat_interleave(group_size, dim=2)
+    v_BSNK = v_BSGK.float().repeat_interleave(group_size, dim=2)
+    scores_BNTS = torch.einsum("btnk,bsnk->bnts", q_BTNK.float(), k_BSNK) * q_BTNK.shape[-1] ** -0.5
+    hidden_B1TS = ~visible_BTS[:, None]
+    # The lowest finite number, not -inf: a query that sees nothing must give zeros and not NaN.
+    weights_BNTS = scores_BNTS.masked_fill(hidden_B1TS, torch.finfo(torch.float32).min).softmax(dim=-1)
+    weights_BNTS = weights_BNTS.masked_fill(hidden_B1TS, 0.0)
+    return torch.einsum("bnts,bsnk->btnk", weights_BNTS, v_BSNK).to(q_BTNK.dtype)
+
+
+def _sdpa_causal(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> Tensor:
+    out_BNTK = F.scaled_dot_product_attention(
+        q_BTNK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q_BTNK.shape[2] != k_BSGK.shape[2],
+    )
+    return out_BNTK.transpose(1, 2)
+
+
+def _sdpa_cached(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: CacheMask) -> Tensor:
+    out_BNTK = F.scaled_dot_product_attention(
+        q_BTNK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        attn_mask=mask.visible_BTS[:, None],
+        enable_gqa=q_BTNK.shape[2] != k_BSGK.shape[2],
+    )
+    out_BTNK = out_BNTK.transpose(1, 2)
+    return out_BTNK if mask.real_BT is None else out_BTNK * mask.real_BT[..., None, None]
+
+
+def _sdpa_packed(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask) -> Tensor:
+    """Documents gathered into right-padded batches, causal attention in each, results put back."""
+    groups = mask.groups
+    flat_q, flat_k, flat_v = (_Gather.apply(x.flatten(0, 1), groups, False) for x in (q_BTNK, k_BSGK, v_BSGK))
+    outputs = []
+    offset = 0
+    for count, length in groups.shapes:
+        rows = slice(offset, offset + count * length)
+        offset = rows.stop
+        q, k, v = (x[rows].unflatten(0, (count, length)) for x in (flat_q, flat_k, flat_v))
+        outputs.append(_sdpa_causal(q, k, v).flatten(0, 1))
+    if not outputs:
+        return torch.zeros_like(q_BTNK)
+    flat_out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _Gather.apply(flat_out, groups, True).view_as(q_BTNK)
+
+
+class _Gather(torch.autograd.Function):
+    """Move rows from tokens to slots (or back); empty places become zeros.
+
+    The map is one-to-one, so its gradient is the opposite gather. Autograd's own gradient of indexing is an
+    `index_add`, several times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, groups: DocumentGroups, to_tokens: bool) -> Tensor:
+        ctx.groups, ctx.to_tokens = groups, to_tokens
+        return _gather(source, groups.slot_of_token if to_tokens else groups.token_of_slot)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index = ctx.groups.token_of_slot if ctx.to_tokens else ctx.groups.slot_of_token
+        return _gather(grad, index), None, None
+
+
+def _gather(source: Tensor, index: Tensor) -> Tensor:
+    """Rows of `source` at `index`; zeros where the index is -1."""
+    rows = source.index_select(0, index.clamp(min=0))
+    return rows.masked_fill_((index < 0).view(-1, *[1] * (rows.dim() - 1)), 0.0)
+
+
+def _flash_packed(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask) -> Tensor:
+    """flash-attn's variable-length kernel over the real tokens."""
+    tokens = mask.token_indices
+    out_BTNK = torch.zeros_like(q_BTNK)
+    if len(tokens) == 0:
+        return out_BTNK
+    flat_q, flat_k, flat_v = (x.flatten(0, 1)[tokens] for x in (q_BTNK, k_BSGK, v_BSGK))
+    flat_out = _flash_attn().flash_attn_varlen_func(
+        flat_q,
+        flat_k,
+        flat_v,
+        cu_seqlens_q=mask.cumulative_lengths,
+        cu_seqlens_k=mask.cumulative_lengths,
+        max_seqlen_q=mask.longest,
+        max_seqlen_k=mask.longest,
+        causal=True,
+    )
+    return out_BTNK.flatten(0, 1).index_copy(0, tokens, flat_out).view_as(q_BTNK)
+
+
+def _flash_attn() -> Any:
+    """The flash-attn package, imported only when asked for."""
+    try:
+        import flash_attn
+    except ImportError as error:
+        raise MissingDependencyError(
+            "attention backend 'flash' needs the flash-attn package, which is not installed; "
+            "run pip install --no-build-isolation 'open-cm3[flash]', or choose backend 'sdpa'"
+        ) from error
+    return flash_attn

@@ -1,0 +1,103 @@
+"""The parts of a block: norms, rotary positions, attention and feed-forward, without biases.
+
+    B batch   T tokens   D width   N query heads   G key/value heads   K head width   F feed-forward width
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cm3.model.attention import Backend, attend
+from cm3.model.cache import LayerCache
+from cm3.model.config import ModelConfig
+from cm3.model.masks import AttentionMask, CacheMask
+
+
+class Norm(nn.Module):
+    """LayerNorm without weight and bias (CM3Leon) or RMSNorm with weight (Chameleon).
+
+    The fused kernels take their statistics in float32 whatever the input's type.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.epsilon = config.norm_epsilon
+        self.shape = (config.width,)
+        self.weight = nn.Parameter(torch.ones(config.width)) if config.norm == "rmsnorm" else None
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        if self.weight is None:
+            return F.layer_norm(x_BTD, self.shape, eps=self.epsilon)
+        return F.rms_norm(x_BTD, self.shape, self.weight.to(x_BTD.dtype), self.epsilon)
+
+
+def rotary_table(
+    positions_BT: Int[Tensor, "B T"], head_width: int, theta: float
+) -> tuple[Float[Tensor, "B T 1 half"], Float[Tensor, "B T 1 half"]]:
+    """Cosines and sines of RoPE (arXiv:2104.09864, equation 15), float32, made once per forward pass."""
+    half = torch.arange(0, head_width, 2, device=positions_BT.device, dtype=torch.float32)
+    frequency_half = theta ** (-half / head_width)
+    angle_BT1half = positions_BT[..., None, None].float() * frequency_half
+    return angle_BT1half.cos(), angle_BT1half.sin()
+
+
+def rotate(x_BTNK: Float[Tensor, "B T N K"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T N K"]:
+    """Rotate (first half, second half) of every head by the table's angles, in float32 (Hugging Face's order)."""
+    first, second = x_BTNK.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x_BTNK.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = (config.num_heads, config.key_value_heads, config.key_value_heads)
+        self.head_width = config.head_width
+        self.qkv = nn.Linear(config.width, sum(self.heads) * self.head_width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.q_norm = nn.LayerNorm(self.head_width, eps=config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_width, eps=config.norm_epsilon) if config.qk_norm else None
+
+    def forward(
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        *,
+        mask: AttentionMask,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None,
+        backend: Backend,
+    ) -> Float[Tensor, "B T D"]:
+        heads_BTHK = self.qkv(x_BTD).unflatten(-1, (sum(self.heads), self.head_width))
+        q_BTNK, k_BTGK, v_BTGK = heads_BTHK.split(self.heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNK, k_BTGK = self.q_norm(q_BTNK), self.k_norm(k_BTGK)
+        if rotary is not None:
+            q_BTNK, k_BTGK = rotate(q_BTNK, *rotary), rotate(k_BTGK, *rotary)
+        # Under autocast some devices return norms in float32; the products below want one type.
+        q_BTNK, k_BSGK, v_BSGK = q_BTNK.to(v_BTGK.dtype), k_BTGK.to(v_BTGK.dtype), v_BTGK
+        if cache is not None:
+            assert isinstance(mask, CacheMask)
+            k_BSGK, v_BSGK = cache.write(k_BSGK, v_BSGK, mask.slots_BT)
+        out_BTNK = attend(q_BTNK, k_BSGK, v_BSGK, mask=mask, backend=backend)
+        return self.out(out_BTNK.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two matrices around ReLU or GELU, or SwiGLU (arXiv:2002.05202) with gate and value in one projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        inner = 2 * config.ffn_width if config.activation == "swiglu" else config.ffn_width
+        self.up = nn.Linear(config.width, inner, bias=False)
+        self.out = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        inner = self.up(x_BTD)
+        if self.activation == "swiglu":
+            gate_BTF, value_BTF = inner.chunk(2, dim=-1)
+            return self.out(F.silu(gate_BTF) * value_BTF)
+        return self.out(F.relu(inner) if self.activation == "relu" else F.gelu(inner))

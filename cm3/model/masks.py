@@ -1,0 +1,132 @@
+"""Who may attend to whom: causal rows, rows packed with documents, and rows that extend a cache.
+
+A mask is built once per forward pass and shared by all layers.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+_MAX_GROUP_RATIO = 1.5
+"""Documents share one padded batch while the longest is at most this much longer than the shortest."""
+_SHORT_DOCUMENT = 32
+"""Below this many tokens padding costs less than another kernel call."""
+
+
+@dataclass(frozen=True)
+class CausalMask:
+    """Every token sees itself and all before it in its row."""
+
+    def visible(self, num_tokens: int, device: torch.device) -> Bool[Tensor, "1 T S"]:
+        """True where query T may look at key S."""
+        return torch.ones(1, num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+
+
+@dataclass(frozen=True)
+class CacheMask:
+    """New tokens against a static cache of S slots per row; made by `KeyValueCache.plan_step`."""
+
+    positions_BT: Int[Tensor, "B T"]
+    """Position of each new token in its row; 0 at padding."""
+    slots_BT: Int[Tensor, "B T"]
+    """Cache slot each new token is written to; padding goes to the spare last slot."""
+    visible_BTS: Bool[Tensor, "B T S"]
+    """True where query T may look at slot S; padding looks at slot 0, which is always finite."""
+    real_BT: Bool[Tensor, "B T"] | None
+    """False at padding columns; None where there are none."""
+
+
+def document_starts(document_ids_BT: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """True at the first token of every run of equal ids (a document, or a stretch of -1 padding)."""
+    first_B1 = torch.ones_like(document_ids_BT[:, :1], dtype=torch.bool)
+    return torch.cat([first_B1, document_ids_BT[:, 1:] != document_ids_BT[:, :-1]], dim=1)
+
+
+def document_positions(document_ids_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Position of every token inside its document, from 0; padding counts as one more document."""
+    column_1T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)[None]
+    start_BT = torch.where(document_starts(document_ids_BT), column_1T, 0).cummax(dim=1).values
+    return column_1T - start_BT
+
+
+class PackedMask:
+    """Rows packed with several documents: every token sees itself and what precedes it in its document.
+
+    A document is a run of equal ids; -1 is padding, which sees nothing and whose attention output is zero.
+    Beside the boolean mask of the reference this holds what fast kernels want, each computed once on demand:
+    `groups`, documents of similar length as right-padded batches for causal SDPA (padding is bounded,
+    however unequal the documents), and `cumulative_lengths` for variable-length kernels.
+    """
+
+    def __init__(self, document_ids_BT: Int[Tensor, "B T"]) -> None:
+        self.document_ids_BT = document_ids_BT
+        self.device = document_ids_BT.device
+        starts = torch.nonzero(document_starts(document_ids_BT).flatten()).flatten()
+        total = torch.full((1,), document_ids_BT.numel(), device=self.device)
+        lengths = torch.diff(torch.cat([starts, total]))
+        is_document = document_ids_BT.flatten()[starts] >= 0
+        self._starts = starts[is_document]
+        self._lengths = lengths[is_document]
+
+    def visible(self) -> Bool[Tensor, "B T S"]:
+        """True where query T may look at key S."""
+        run_BT = document_starts(self.document_ids_BT).cumsum(dim=1)
+        same_BTS = run_BT[:, :, None] == run_BT[:, None, :]
+        return (same_BTS & (self.document_ids_BT >= 0)[:, :, None]).tril()
+
+    @cached_property
+    def token_indices(self) -> Int[Tensor, "tokens"]:
+        """Places of all real tokens in the flattened batch, document after document."""
+        return torch.nonzero(self.document_ids_BT.flatten() >= 0).flatten()
+
+    @cached_property
+    def cumulative_lengths(self) -> Int[Tensor, "documents_plus_one"]:
+        """Offsets of the documents in `token_indices`, int32, as variable-length kernels want them."""
+        zero = self._lengths.new_zeros(1)
+        return torch.cat([zero, self._lengths.cumsum(0)]).to(torch.int32)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document (0 if there is none)."""
+        return int(self._lengths.max()) if len(self._lengths) else 0
+
+    @cached_property
+    def groups(self) -> "DocumentGroups":
+        """The documents gathered by similar length."""
+        lengths, order = self._lengths.sort(descending=True, stable=True)
+        shapes: list[tuple[int, int]] = []
+        for length in lengths.tolist():
+            longest = shapes[-1][1] if shapes else 0
+            if shapes and (length * _MAX_GROUP_RATIO >= longest or longest <= _SHORT_DOCUMENT):
+                shapes[-1] = (shapes[-1][0] + 1, longest)
+            else:
+                shapes.append((1, length))
+        padded = torch.cat(
+            [torch.full((count,), longest) for count, longest in shapes] or [torch.zeros(0, dtype=torch.int64)]
+        ).to(self.device)
+        slot_document = torch.repeat_interleave(torch.arange(len(padded), device=self.device), padded)
+        slot_start = padded.cumsum(0) - padded
+        offset = torch.arange(len(slot_document), device=self.device) - slot_start[slot_document]
+        is_real = offset < lengths[slot_document]
+        token_of_slot = torch.where(is_real, self._starts[order][slot_document] + offset, -1)
+        slot_of_token = torch.full((self.document_ids_BT.numel(),), -1, device=self.device)
+        slot_of_token[token_of_slot[is_real]] = torch.nonzero(is_real).flatten()
+        return DocumentGroups(shapes, token_of_slot, slot_of_token)
+
+
+@dataclass(frozen=True)
+class DocumentGroups:
+    """A one-to-one map between the tokens of packed rows and the slots of right-padded batches."""
+
+    shapes: list[tuple[int, int]]
+    """(documents, padded length) of each batch; their products sum to the number of slots."""
+    token_of_slot: Int[Tensor, "slots"]
+    """Flat token in each slot, -1 at padding."""
+    slot_of_token: Int[Tensor, "tokens"]
+    """Slot of each flat token, -1 for padding of the row."""
+
+
+AttentionMask = CausalMask | PackedMask | CacheMask

@@ -1,0 +1,265 @@
+"""The CM3 objective: spans of a document are replaced by sentinels and moved to its end (spec 2.1 to 2.5).
+
+    </s> a red circle <break> IMAGE </s>   ->   </s> <sentinel:0> <break> IMAGE </s> <sentinel:0> a red circle <eoss>
+
+Plain NumPy on token ids, after Aghajanyan et al. 2022 (arXiv 2201.07520, section 2) and the whole-segment rotation of
+CM3Leon's code. Other than there, boundaries are `<break>` and `</s>` and every other special id, no span is empty, none
+touches a boundary, and no moved span is ever cut off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from cm3.errors import ConfigError, DataError
+from cm3.tokenizers.vocabulary import Vocabulary
+
+IDS_PER_SPAN = 3
+"""What a span adds to a sequence: its sentinel twice, and `<eoss>`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """How documents are masked, and how much each target counts."""
+
+    name: Literal["cm3", "causal"] = "cm3"
+    """cm3: spans are masked and moved to the end; causal: plain next-token prediction."""
+    span_count: Literal["poisson", "fixed", "one"] = "poisson"
+    """Number of spans of a document: Poisson with mean `span_rate`; always `span_rate`, rounded; always one."""
+    span_rate: float = 1.0
+    """Mean number of spans."""
+    min_spans: int = 0
+    """Fewest spans drawn. 0 leaves e^-span_rate of the documents plain (CM3Leon); CM3 used 1."""
+    max_spans: int = 511
+    """Most spans drawn; the vocabulary's sentinels are a limit too."""
+    rotation_probability: float = 0.5
+    """Chance that a document's spans are whole segments (a caption, an image) instead of stretches of any length. At 0
+    a short caption is practically never masked, and guidance and captioning are not learnt (spec 2.4)."""
+    sentinel_loss_weight: float = 1.0
+    """Weight of sentinels as targets: 1 in CM3Leon, 0 in CM3."""
+    retrieved_loss_weight: float = 1.0
+    """Weight of the tokens of retrieved documents as targets: 1 in CM3Leon, 0.1 in RA-CM3."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.rotation_probability <= 1.0:
+            raise ConfigError(
+                f"objective.rotation_probability={self.rotation_probability} is no probability; choose 0 to 1"
+            )
+        if not 0 <= self.min_spans <= self.max_spans:
+            raise ConfigError(
+                f"objective.min_spans={self.min_spans} and max_spans={self.max_spans}; choose 0 <= min <= max"
+            )
+        for field in ("span_rate", "sentinel_loss_weight", "retrieved_loss_weight"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"objective.{field}={getattr(self, field)} is negative; choose 0 or more")
+
+    @property
+    def ids_per_span(self) -> int:
+        """How many ids a span adds to a sequence: its sentinel twice, and `<eoss>`."""
+        return IDS_PER_SPAN
+
+    def draw_num_spans(
+        self, vocabulary: Vocabulary, rng: np.random.Generator, size: int | None = None
+    ) -> np.ndarray:
+        """Draw how many spans to mask, for one document or `size` of them (spec 2.1.1)."""
+        if self.name == "causal":
+            return np.zeros(size or (), dtype=np.int64)
+        if self.span_count == "poisson":
+            counts = rng.poisson(self.span_rate, size)
+        else:
+            counts = np.full(size or (), 1 if self.span_count == "one" else round(self.span_rate))
+        return np.clip(counts, self.min_spans, min(self.max_spans, vocabulary.num_sentinels))
+
+    def mask_document(
+        self,
+        ids_T: np.ndarray,
+        weights_T: np.ndarray,
+        vocabulary: Vocabulary,
+        rng: np.random.Generator,
+        num_spans: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mask a document: `mask_spans`, with the loss weights of its ids moved along."""
+        return self._moved(
+            ids_T, weights_T, draw_spans(ids_T, vocabulary, self, rng, num_spans=num_spans), vocabulary
+        )
+
+    def mask_block(
+        self, ids_T: np.ndarray, weights_T: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mask a block of a token stream without making it longer (spec 2.2).
+
+        The overflow is cut from the end of the block before its spans are moved: spans that reach into the part cut off
+        are shortened or left out, so that every sentinel keeps its target.
+        """
+        spans = draw_spans(ids_T, vocabulary, self, rng)
+        fits = spans[:, 0] < len(ids_T) - IDS_PER_SPAN * np.arange(1, len(spans) + 1)
+        spans = spans[: np.flatnonzero(fits)[-1] + 1 if fits.any() else 0]
+        kept = len(ids_T) - IDS_PER_SPAN * len(spans)
+        return self._moved(ids_T[:kept], weights_T[:kept], np.minimum(spans, kept), vocabulary)
+
+    def _moved(
+        self, ids_T: np.ndarray, weights_T: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary
+    ) -> tuple[np.ndarray, np.ndarray]:
+        sentinel_weights = np.full(len(spans), self.sentinel_loss_weight)
+        return move_spans(ids_T, spans, vocabulary), _joined(weights_T, spans, sentinel_weights, 1.0)
+
+
+def mask_spans(
+    ids_T: np.ndarray,
+    vocabulary: Vocabulary,
+    config: ObjectiveConfig,
+    rng: np.random.Generator,
+    *,
+    max_length: int | None = None,
+    num_spans: int | None = None,
+) -> np.ndarray:
+    """Mask a document.
+
+    Args:
+        ids_T: `</s> segment <break> segment ... </s>`, or any piece of a stream of such documents.
+        vocabulary: Names the boundaries and sentinels.
+        config: How many spans, and which.
+        rng: Source of the spans; make it from (seed, epoch, document), so that the masks of each epoch differ.
+        max_length: Where the result would be longer, spans are left out at random; a moved span is never cut.
+        num_spans: Spans to draw; None draws the number too. Fewer are masked where they would overlap or be empty.
+
+    Returns:
+        The masked ids; three more for each span.
+
+    Raises:
+        DataError: if the document holds sentinels already, or is by itself longer than `max_length`.
+    """
+    spans = draw_spans(ids_T, vocabulary, config, rng, max_length=max_length, num_spans=num_spans)
+    return move_spans(ids_T, spans, vocabulary)
+
+
+def draw_spans(
+    ids_T: np.ndarray,
+    vocabulary: Vocabulary,
+    config: ObjectiveConfig,
+    rng: np.random.Generator,
+    *,
+    max_length: int | None = None,
+    num_spans: int | None = None,
+) -> np.ndarray:
+    """Draw the spans to mask (spec 2.1); arguments as in `mask_spans`.
+
+    Returns:
+        [number of spans, 2]: start and stop of each, sorted, disjoint, none empty, each inside one segment.
+    """
+    length = len(ids_T)
+    if max_length is not None and length > max_length:
+        raise DataError(
+            f"a document of {length} tokens was to be masked within {max_length}; raise the length or split it"
+        )
+    if num_spans is None:
+        num_spans = int(config.draw_num_spans(vocabulary, rng))
+    boundary, unmaskable = _tables(vocabulary)
+    if unmaskable[ids_T].any():
+        raise DataError("a document to be masked holds sentinels or <eoss> already; pass it unmasked")
+    if num_spans == 0:
+        return np.empty((0, 2), dtype=np.int64)
+    segments = _segments(boundary[ids_T])
+    rotate = rng.random() < config.rotation_probability
+    if rotate and (num_spans == 1 or num_spans < len(segments)) and len(segments):
+        spans = segments[rng.choice(len(segments), num_spans, replace=False)]
+    else:
+        spans = _draw_stretches(length, segments, num_spans, rng)
+    if max_length is not None and len(spans) > (max_length - length) // IDS_PER_SPAN:
+        spans = rng.permutation(spans)[: (max_length - length) // IDS_PER_SPAN]
+    return spans[np.argsort(spans[:, 0])]
+
+
+def move_spans(ids_T: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Replace sorted disjoint spans by sentinels and append them, `<sentinel:i> span <eoss>` each (spec 2.2)."""
+    return _joined(ids_T, spans, vocabulary.sentinel_id(0) + np.arange(len(spans)), vocabulary.eoss_id)
+
+
+def unmask(ids_T: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Put every moved span back: the inverse of `mask_spans`.
+
+    Raises:
+        DataError: if the sentinels and `<eoss>` do not form masked spans.
+    """
+    first = vocabulary.sentinel_id(0)
+    places = np.flatnonzero((ids_T >= first) & (ids_T < first + vocabulary.num_sentinels))
+    ends = np.flatnonzero(ids_T == vocabulary.eoss_id)
+    count = len(ends)
+    holes, starts = places[:count], places[count:]
+    well_formed = (
+        len(places) == 2 * count
+        and np.array_equal(ids_T[places], first + np.tile(np.arange(count), 2))
+        and np.all(starts < ends)
+        and np.array_equal(starts[1:], ends[:-1] + 1)
+        and (count == 0 or ends[-1] == len(ids_T) - 1)
+    )
+    if not well_formed:
+        raise DataError(
+            f"{len(places)} sentinels and {count} <eoss> do not form masked spans; each span needs its sentinel in "
+            "place and `<sentinel> span <eoss>` at the end, in the same order"
+        )
+    if count == 0:
+        return ids_T.copy()
+    pieces = []
+    for previous, hole, start, end in zip(np.append(-1, holes[:-1]), holes, starts, ends, strict=True):
+        pieces += [ids_T[previous + 1 : hole], ids_T[start + 1 : end]]
+    return np.concatenate([*pieces, ids_T[holes[-1] + 1 : starts[0]]])
+
+
+def _draw_stretches(
+    length: int, segments: np.ndarray, num_spans: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Stretches between two uniform points: one, or the first disjoint ones of num_spans^2 candidates (spec 2.1.3-4).
+
+    Each is clipped to the segment that it overlaps most; what is empty then is left out.
+    """
+    points = np.sort(rng.random((num_spans**2, 2)), axis=1) * length
+    starts = np.maximum(points[:, 0].astype(np.int64), 1)
+    stops = np.floor(points[:, 1] + 0.5).astype(np.int64)
+    chosen: list[tuple[int, int]] = []
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        if start < stop and all(stop <= other[0] or other[1] <= start for other in chosen):
+            chosen.append((start, stop))
+            if len(chosen) == num_spans:
+                break
+    if not chosen or not len(segments):
+        return np.empty((0, 2), dtype=np.int64)
+    spans = np.array(chosen)
+    overlaps = np.minimum(spans[:, None, 1], segments[:, 1]) - np.maximum(spans[:, None, 0], segments[:, 0])
+    home = segments[overlaps.argmax(axis=1)]
+    spans = np.stack([np.maximum(spans[:, 0], home[:, 0]), np.minimum(spans[:, 1], home[:, 1])], axis=1)
+    return spans[spans[:, 0] < spans[:, 1]]
+
+
+def _segments(boundary_T: np.ndarray) -> np.ndarray:
+    """[number of segments, 2]: start and stop of the runs of tokens that are no boundaries."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], boundary_T, [True]])))
+    return edges.reshape(-1, 2)
+
+
+def _joined(values_T: np.ndarray, spans: np.ndarray, sentinels: np.ndarray, end: float) -> np.ndarray:
+    """The source with a sentinel for each span, then each span between its sentinel and an end."""
+    if not len(spans):
+        return values_T.copy()
+    source, moved, position = [], [], 0
+    marks = sentinels.astype(values_T.dtype).reshape(-1, 1)
+    last = np.array([end], dtype=values_T.dtype)
+    for (start, stop), mark in zip(spans.tolist(), marks, strict=True):
+        source += [values_T[position:start], mark]
+        moved += [mark, values_T[start:stop], last]
+        position = stop
+    return np.concatenate([*source, values_T[position:], *moved])
+
+
+@lru_cache(maxsize=8)
+def _tables(vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """By id: whether it bounds segments (anything but text and image codes), and whether masking makes it."""
+    ids = np.arange(vocabulary.size)
+    boundary = ~(vocabulary.is_text(ids) | vocabulary.is_image(ids))
+    first = vocabulary.sentinel_id(0)
+    made = (ids == vocabulary.eoss_id) | ((ids >= first) & (ids < first + vocabulary.num_sentinels))
+    return boundary, made

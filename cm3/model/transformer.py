@@ -1,0 +1,170 @@
+"""The decoder-only transformer of CM3Leon (arXiv:2309.02591, section 2.3), with Chameleon's variations.
+
+    B batch   T tokens   D width   V joint vocabulary
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cm3.errors import ConfigError
+from cm3.model.attention import Backend
+from cm3.model.cache import KeyValueCache, LayerCache
+from cm3.model.config import ModelConfig
+from cm3.model.layers import Attention, FeedForward, Norm, rotary_table
+from cm3.model.masks import AttentionMask, CausalMask, PackedMask, document_positions
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a norm and a residual connection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_order = config.norm_order
+        self.dropout = config.dropout
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config)
+        self.feed_forward_norm = Norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTD: Float[Tensor, "B T D"],
+        mask: AttentionMask,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None,
+        backend: Backend,
+    ) -> Float[Tensor, "B T D"]:
+        def attention(y_BTD: Tensor) -> Tensor:
+            out_BTD = self.attention(y_BTD, mask=mask, rotary=rotary, cache=cache, backend=backend)
+            return F.dropout(out_BTD, self.dropout, self.training)
+
+        def feed_forward(y_BTD: Tensor) -> Tensor:
+            return F.dropout(self.feed_forward(y_BTD), self.dropout, self.training)
+
+        if self.norm_order == "swin":
+            x_BTD = x_BTD + self.attention_norm(attention(x_BTD))
+            return x_BTD + self.feed_forward_norm(feed_forward(x_BTD))
+        x_BTD = x_BTD + attention(self.attention_norm(x_BTD))
+        return x_BTD + feed_forward(self.feed_forward_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """Token ids to hidden states; `logits` turns those into scores over the joint vocabulary.
+
+    Attributes:
+        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        attention_backend: see `cm3.model.attention.attend`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.attention_backend: Backend = "auto"
+        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.max_positions, config.width) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = Norm(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights anew (CM3Leon section 2.3; metaseq for what the paper calls output layers)."""
+        config = self.config
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                _truncated_normal(module.weight, config.init_std)
+        if self.position_embedding is not None:
+            _truncated_normal(self.position_embedding.weight, config.position_init_std)
+        for block in self.blocks:
+            for output in (block.attention.out, block.feed_forward.out):
+                if config.zero_init_outputs:
+                    nn.init.zeros_(output.weight)
+                else:
+                    _truncated_normal(output.weight, config.init_std / (2 * config.num_layers) ** 0.5)
+
+    def forward(
+        self,
+        ids_BT: Int[Tensor, "B T"],
+        *,
+        positions_BT: Int[Tensor, "B T"] | None = None,
+        document_ids_BT: Int[Tensor, "B T"] | None = None,
+        cache: KeyValueCache | None = None,
+        num_new_B: Int[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states after the final norm.
+
+        Args:
+            positions_BT: default: position inside the document, or in the cache's row.
+            document_ids_BT: packed rows; documents are runs of equal ids and do not see each other, -1 is padding.
+            cache: the ids continue its rows; it is extended by them.
+            num_new_B: with a cache, the real tokens of each right-padded row; the hidden states of the padding
+                mean nothing.
+
+        Raises:
+            ConfigError: for documents together with a cache, or rows longer than the model's context.
+            RequestError: for more ids than the cache can hold.
+        """
+        if positions_BT is None and cache is None and document_ids_BT is None:
+            self._check_length(ids_BT.shape[1])
+        mask: AttentionMask
+        if cache is not None:
+            if document_ids_BT is not None:
+                raise ConfigError("document_ids_BT and cache exclude each other; a cached row is one document")
+            mask = cache.plan_step(ids_BT.shape[1], num_new_B)
+            default_positions_BT = mask.positions_BT
+        elif document_ids_BT is not None:
+            mask = PackedMask(document_ids_BT)
+            self._check_length(mask.longest)
+            default_positions_BT = document_positions(document_ids_BT)
+        else:
+            mask = CausalMask()
+            default_positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        if positions_BT is None:
+            positions_BT = default_positions_BT
+
+        x_BTD = self.embedding(ids_BT)
+        rotary = None
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(positions_BT)
+        else:
+            rotary = rotary_table(positions_BT, self.config.head_width, self.config.rope_theta)
+        for index, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layer(index)
+            arguments = (x_BTD, mask, rotary, layer_cache, self.attention_backend)
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x_BTD = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_BTD = block(*arguments)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1] if num_new_B is None else num_new_B)
+        return self.final_norm(x_BTD)
+
+    def _check_length(self, longest: int) -> None:
+        if longest > self.config.max_positions:
+            raise ConfigError(
+                f"a document of {longest} tokens was given, but model.max_positions={self.config.max_positions}; "
+                f"shorten it or raise max_positions"
+            )
+
+    @property
+    def head_weight_VD(self) -> Float[Tensor, "V D"]:
+        """The output head: the embedding itself if tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(
+        self, hidden_BTD: Float[Tensor, "*B D"], id_range: tuple[int, int] | None = None
+    ) -> Float[Tensor, "*B V"]:
+        """Scores of the next id, over the whole vocabulary or over ids [start, stop) only (no copy of the rows)."""
+        weight_VD = self.head_weight_VD if id_range is None else self.head_weight_VD[slice(*id_range)]
+        return F.linear(hidden_BTD, weight_VD)
+
+
+def _truncated_normal(weight: Tensor, std: float) -> None:
+    """Normal with mean 0, cut at 3 standard deviations."""
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

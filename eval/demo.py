@@ -1,0 +1,48 @@
+"""`make demo`: draw three prompts with the embedded model, caption what was drawn, and write one sheet to look at."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from cm3.gallery import contact_sheet, save_gallery, save_image
+from cm3.pipeline import CM3
+
+PROMPTS = (
+    "a large red circle left of a small blue square",
+    "a small green star above a large yellow triangle on a navy background",
+    "three shapes: a large purple circle, a small orange cross and a small cyan square",
+)
+
+
+def make_demo(folder: Path, num_images: int = 4, seed: int = 0) -> Path:
+    """Write the pictures, `settings.json` and `contact_sheet.png` into `folder`; return the sheet's path."""
+    model = CM3.from_pretrained("demo")
+    print(f"drawing {len(PROMPTS) * num_images} pictures ...", flush=True)
+    start = time.monotonic()
+    images = model.generate(PROMPTS, num_images=num_images, seed=seed)
+    print(f"  {time.monotonic() - start:.1f} s; captioning them ...", flush=True)
+    start = time.monotonic()
+    captions = iter(model.caption([image for samples in images for image in samples]))
+    print(f"  {time.monotonic() - start:.1f} s", flush=True)
+    save_gallery(folder, PROMPTS, images, {"model": "demo", "seed": seed, **model.settings()})
+    rows = []
+    for prompt, samples in zip(PROMPTS, images, strict=True):
+        rows.append((f"prompt: {prompt}", samples, [next(captions) for _ in samples]))
+        print(f"\n{prompt}")
+        for caption in rows[-1][2]:
+            print(f"  captioned back: {caption}")
+    return save_image(folder / "contact_sheet.png", contact_sheet(rows))
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    sheet = make_demo(parser.parse_args().out)
+    print(f"\nopen {sheet}")
+
+
+if __name__ == "__main__":
+    main()

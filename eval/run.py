@@ -1,0 +1,70 @@
+"""`cm3 eval`: run the tasks that a config names on one model, and write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from cm3.config import load_config, to_dict
+from cm3.errors import ConfigError
+from cm3.eval.document_tasks import Captioning, PictureMatching, Reconstruction
+from cm3.eval.likelihood import Likelihood
+from cm3.eval.nlvr_box import BoxCaptioning, BoxGeneration, BoxReconstruction
+from cm3.eval.report import markdown, write_report
+from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfilling, SceneReconstruction
+from cm3.pipeline import CM3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRun:
+    """One evaluation: a model and the tasks to run on it. A task that is null is left out."""
+
+    model: str = "demo"
+    """Model folder, Hub name, or `demo`."""
+    output: str
+    """Folder for results.json and results.md."""
+    scene_reconstruction: SceneReconstruction | None = None
+    """Round trip of rendered scenes through the image tokenizer."""
+    scene_generation: SceneGeneration | None = None
+    """Pictures of held-out scene captions."""
+    scene_captioning: SceneCaptioning | None = None
+    """Captions of held-out scenes."""
+    scene_infilling: SceneInfilling | None = None
+    """Objects drawn into boxes of held-out scenes."""
+    box_reconstruction: BoxReconstruction | None = None
+    """Round trip of NLVR boxes through the image tokenizer, graded by pixels."""
+    box_generation: BoxGeneration | None = None
+    """Pictures of NLVR box captions, graded by pixels."""
+    box_captioning: BoxCaptioning | None = None
+    """Captions of NLVR boxes, graded against their objects."""
+    reconstruction: Reconstruction | None = None
+    """Round trip of any pictures through the image tokenizer."""
+    captioning: Captioning | None = None
+    """Captions of any pictures, compared with theirs."""
+    picture_matching: PictureMatching | None = None
+    """Whether pictures drawn from captions resemble their own originals most."""
+    likelihood: Likelihood | None = None
+    """Bits per image code and per byte of text on held-out documents."""
+
+
+def evaluate(config_path: str, overrides: Sequence[str] = ()) -> str:
+    """Run an evaluation config and return its table of results in Markdown.
+
+    Raises:
+        ConfigError: for a config without a task.
+    """
+    config = load_config(EvalRun, config_path, overrides)
+    tasks = [
+        task for field in fields(config) if field.name not in ("model", "output") and (task := getattr(config, field.name))
+    ]
+    if not tasks:
+        raise ConfigError(f"{config_path} names no task; add one of the keys of EvalRun, such as scene_generation: {{}}")
+    model = CM3.from_pretrained(config.model)
+    results = []
+    for task in tasks:
+        print(f"running {type(task).__name__} ...", flush=True)
+        results.append(task.run(model))
+    header = {"config": to_dict(config), "model_hash": model.hash, "tokenizer_hash": model.tokenizer.hash}
+    write_report(Path(config.output), results, header)
+    return markdown(results)

@@ -1,0 +1,106 @@
+"""Settings of a model run (`stage: model`): pretraining and instruction tuning are two such files."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cm3.errors import ConfigError
+from cm3.model.config import ModelConfig
+from cm3.model.objective import ObjectiveConfig
+from cm3.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prepared data of a model run and how documents become rows."""
+
+    train: str
+    """Folder that `cm3 prepare` wrote; the run takes its tokenizers and vocabulary from here."""
+    validation: str | None = None
+    """Prepared folder of held-out documents; null is no evaluation."""
+    sequence_length: int = 4096
+    """Positions of a row."""
+    packing: Literal["documents", "stream"] = "documents"
+    """`documents`: whole documents are packed into a row and never see each other; `stream`: documents are
+    joined and cut at the row's length, as in the paper (section 2.3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRun:
+    """Everything that decides the outcome of a training run of the transformer."""
+
+    data: DataConfig
+    """Prepared data."""
+    model: ModelConfig
+    """The transformer; its vocabulary size must be that of the data."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """CM3 span masking or plain next-token prediction."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+    steps: int
+    """Optimiser steps of the whole run."""
+    batch_rows: int
+    """Rows of one optimiser step, over all processes and micro batches."""
+    micro_batch_rows: int
+    """Rows of one forward pass of one process; the rest of a step is gradient accumulation."""
+    z_loss_weight: float = 0.0
+    """Weight of the squared log partition function (Chameleon uses 1e-5); 0 is off."""
+    ema_decay: float = 0.0
+    """Decay of an fp32 average of the weights, which is then what is evaluated and exported; 0 is off."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of weights and activations; the optimiser always holds fp32."""
+    export_precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the final model folder."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """ZeRO: what processes share out: 1 the optimiser, 2 and the gradients, 3 and the weights."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in the memory of the CPU."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    compile: bool = False
+    """Compile the model with torch.compile: needs a C++ compiler, and a minute at the start."""
+    evaluation_interval: int = 1000
+    """Steps between evaluations; one more follows the last step. 0 leaves only that one."""
+    evaluation_rows: int = 256
+    """Rows of an evaluation."""
+    checkpoint_interval: int = 1000
+    """Steps between checkpoints. 0 writes one only when the run is stopped by SIGTERM."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    log_interval: int = 10
+    """Steps between console lines."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data, the spans and dropout."""
+    output: str
+    """Run folder; a run that finds checkpoints in it goes on from the newest."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "micro_batch_rows", "evaluation_rows", "keep_checkpoints", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; choose 1 or more")
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(
+                f"zero_stage={self.zero_stage}; choose 1, 2 or 3 (DeepSpeed trains bf16 wrongly at stage 0)"
+            )
+        if self.ema_decay and self.zero_stage == 3:
+            raise ConfigError("ema_decay needs whole weights on every process; choose zero_stage 1 or 2, or ema_decay 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay}; choose a value from 0 to below 1")
+        if self.data.sequence_length > self.model.max_positions:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} is above model.max_positions="
+                f"{self.model.max_positions}; lower the first or raise the second"
+            )
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Return the micro batches of a step in each process.
+
+        Raises:
+            ConfigError: the step's rows do not split evenly.
+        """
+        rows = self.micro_batch_rows * world_size
+        if self.batch_rows % rows:
+            raise ConfigError(
+                f"batch_rows={self.batch_rows} is no multiple of micro_batch_rows={self.micro_batch_rows} times "
+                f"{world_size} processes; choose a multiple of {rows}"
+            )
+        return self.batch_rows // rows

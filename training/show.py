@@ -1,0 +1,93 @@
+"""`cm3 show`: what a model run will cost, from its configuration alone."""
+
+from dataclasses import dataclass
+
+from cm3.config import dump_config
+from cm3.model.config import ModelConfig, flops_per_token, parameter_count
+from cm3.training.config import ModelRun
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: float
+    """Working copy of the weights."""
+    gradients: float
+    """Gradients, and the fp32 buffer that sums them over micro batches in bf16."""
+    optimizer: float
+    """fp32 weights and Adam's two moments."""
+    activations: float
+    """What the forward pass of a micro batch keeps for the backward pass."""
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory(config: ModelRun, num_processes: int) -> Memory:
+    """Estimate the memory of one process.
+
+    ZeRO (arXiv 1910.02054, section 3.1 and figure 1): 2 + 2 + 12 bytes per parameter for weights, gradients and the
+    optimiser's state in mixed precision; stage 1 shares out the last, 2 the gradients too, 3 all.
+    """
+    parameters = parameter_count(config.model)
+    width = 2 if config.precision == "bf16" else 4
+
+    def shared(stage: int) -> int:
+        return num_processes if config.zero_stage >= stage else 1
+
+    return Memory(
+        weights=parameters * width / shared(3),
+        gradients=parameters * width / shared(2),
+        optimizer=parameters * 12 / shared(1),
+        activations=activation_bytes(config),
+    )
+
+
+def activation_bytes(config: ModelRun) -> float:
+    """Estimate the activations of a micro batch; rough.
+
+    Korthikanti et al. (arXiv 2205.05198, section 4.1): a layer keeps 34 s b h bytes in 16 bits, of which 2 x 8 are the
+    feed-forward's inner activations at its width of 4 h. Dropout's masks are left out where there is none, the term
+    5 a s / h is left out as fused attention keeps no scores, and a checkpointed layer keeps its input only.
+    """
+    model = config.model
+    tokens = config.micro_batch_rows * config.data.sequence_length
+    width = 2 if config.precision == "bf16" else 4
+    if config.activation_checkpointing:
+        per_layer = model.width
+    else:
+        inner = (3 if model.activation == "swiglu" else 2) * model.ffn_width
+        per_layer = 8 * model.width + inner + (model.width if model.dropout else 0)
+    return tokens * width * per_layer * model.num_layers
+
+
+def total_flops(config: ModelRun) -> float:
+    """Return the training FLOPs of the whole run, every row full, a token attending to half a row on average."""
+    tokens = config.steps * config.batch_rows * config.data.sequence_length
+    return tokens * flops_per_token(config.model, config.data.sequence_length / 2)
+
+
+def show(config: ModelRun, num_processes: int = 1) -> str:
+    """Return the report of a run: its settings, size, tokens, FLOPs and memory."""
+    model: ModelConfig = config.model
+    tokens = config.batch_rows * config.data.sequence_length
+    accumulation = config.accumulation_steps(num_processes)
+    parts = memory(config, num_processes)
+    lines = {
+        "parameters": f"{parameter_count(model):,}",
+        "tokens per step": f"{tokens:,} = {config.batch_rows} rows of {config.data.sequence_length}",
+        "micro batches": f"{accumulation} of {config.micro_batch_rows} rows in each of {num_processes} processes",
+        "tokens of the run": f"{tokens * config.steps:.3g} at most, in {config.steps:,} steps",
+        "FLOPs of the run": f"{total_flops(config):.3g}",
+        "memory, a process": f"{parts.total / GIB:.2f} GiB at ZeRO stage {config.zero_stage}",
+        "  weights": f"{parts.weights / GIB:.2f} GiB",
+        "  gradients": f"{parts.gradients / GIB:.2f} GiB",
+        "  optimizer": f"{parts.optimizer / GIB:.2f} GiB" + (" (on the CPU)" if config.offload_optimizer else ""),
+        "  activations": f"{parts.activations / GIB:.2f} GiB (rough)",
+    }
+    return dump_config(config, stage="model") + "\n" + "\n".join(f"{k:<20}{v}" for k, v in lines.items())

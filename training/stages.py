@@ -1,0 +1,58 @@
+"""The stages of training by the name that a run's YAML gives in `stage`, and how each is run and shown."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cm3.config import STAGE_KEY, dump_config, load_config, read_yaml
+from cm3.errors import ConfigError
+from cm3.training import image_tokenizer, text_tokenizer
+from cm3.training import prepare as preparation
+from cm3.training import train as transformer
+from cm3.training.config import ModelRun
+from cm3.training.image_tokenizer import ImageTokenizerRun
+from cm3.training.prepare import PrepareConfig
+from cm3.training.show import show_model_run
+from cm3.training.text_tokenizer import TextTokenizerRun
+
+_TRAINED: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "text_tokenizer": (TextTokenizerRun, text_tokenizer.run),
+    "image_tokenizer": (ImageTokenizerRun, image_tokenizer.run),
+    "model": (ModelRun, transformer.run),
+}
+_PREPARED: dict[str, tuple[type, Callable[[Any], Any]]] = {"prepare": (PrepareConfig, preparation.run)}
+
+
+def train(path: str, overrides: Sequence[str] = ()) -> None:
+    """Run the training stage of a YAML file."""
+    config_class, run = _stage(path, _TRAINED)
+    run(load_config(config_class, path, overrides))
+
+
+def prepare(path: str, overrides: Sequence[str] = ()) -> None:
+    """Run the data preparation of a YAML file."""
+    config_class, run = _stage(path, _PREPARED)
+    run(load_config(config_class, path, overrides))
+
+
+def show(path: str, overrides: Sequence[str] = ()) -> str:
+    """Return the resolved config of any stage; for a model also its size, FLOPs and memory. Runs nothing."""
+    config_class, _ = _stage(path, _TRAINED | _PREPARED)
+    config = load_config(config_class, path, overrides)
+    return show_model_run(config) if isinstance(config, ModelRun) else dump_config(config, read_yaml(path)[STAGE_KEY])
+
+
+def config_class_of(path: str) -> type:
+    """The config class of a YAML file with a `stage` key."""
+    return _stage(path, _TRAINED | _PREPARED)[0]
+
+
+def _stage(path: str, stages: dict[str, tuple[type, Any]]) -> tuple[type, Callable[[Any], Any]]:
+    name = read_yaml(path).get(STAGE_KEY)
+    if name in stages:
+        return stages[name]
+    near = difflib.get_close_matches(str(name), stages, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(stages)}"
+    raise ConfigError(f"{path} says {STAGE_KEY}: {name}; {hint}")
