@@ -16,7 +16,6 @@ retrieval = ["faiss-cpu>=1.9"]
 evaluation = ["scipy>=1.11", "torchmetrics>=1.6"]
 serve = ["fastapi>=0.115", "gradio>=6", "uvicorn>=0.30"]
 interop = ["transformers>=5"]
-webdataset = ["webdataset>=0.2.100"]
 
 setup(
     name="open-cm3",
@@ -66,7 +65,6 @@ setup(
         "eval": evaluation,
         "serve": serve,
         "interop": interop,
-        "webdataset": webdataset,
         "dev": [
             "beartype>=0.20",
             "hypothesis>=6.100",
@@ -75,9 +73,9 @@ setup(
             "ruff>=0.9",
             "setuptools>=77",
             "types-PyYAML",
+            "webdataset>=0.2.100",
             "wheel>=0.45",
             *interop,
-            *webdataset,
         ],
     },
     classifiers=[

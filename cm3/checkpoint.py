@@ -111,7 +111,10 @@ def save_tensors(
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
+        temporary.touch()
+        usual_mode = temporary.stat().st_mode
         save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(usual_mode)  # safetensors leaves a file that only its owner can read
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:

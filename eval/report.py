@@ -84,5 +84,12 @@ def markdown(results: Sequence[TaskResult]) -> str:
 def write_report(folder: Path, results: Sequence[TaskResult], header: dict[str, Any]) -> None:
     """Write `results.json` (everything, with the protocol record) and `results.md` (the table)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", {**header, "results": [asdict(result) for result in results]})
+    write_json(folder / "results.json", {**header, "results": [_finite(asdict(result)) for result in results]})
     write_text(folder / "results.md", markdown(results))
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null in the place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

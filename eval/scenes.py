@@ -117,6 +117,8 @@ def _strongest_object(residual_HWC: np.ndarray, ground: np.ndarray) -> SceneObje
     masks_fourier, energies_M, inside_MHW = _templates()
     contrast_UC = np.array(list(COLORS.values()), dtype=np.float32) - ground
     energy_UM = np.sum(contrast_UC**2, axis=1)[:, None] * energies_M
+    if np.sum(residual_HWC**2) < _LEAST_FIT * energy_UM.min():
+        return None  # no gain exceeds the energy that is left
     residual_fourier = np.fft.rfft2(residual_HWC.transpose(2, 0, 1))
     overlap_CMHW = np.fft.irfft2(residual_fourier[:, None] * masks_fourier, s=(SIDE, SIDE))
     gain_UMHW = np.tensordot(contrast_UC, overlap_CMHW, axes=1)

@@ -1,4 +1,4 @@
-"""The oracle: it reads rendered scenes back, bears blur and noise, is not fooled, and grades as documented."""
+"""The oracle reads rendered scenes back, bears blur and noise, is not fooled, and grades as documented."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_reads_rendered_scenes_back_exactly():
 def test_bears_blur_noise_and_displaced_objects():
     rng = np.random.default_rng(0)
     right = []
-    for item in SceneDataset("train", 8, 100):
+    for item in SceneDataset("train", 8, 60):
         moved = [
             replace(one, x=one.x + int(rng.integers(-1, 2)), y=one.y + int(rng.integers(-1, 2)))
             for one in item.scene.objects
@@ -110,7 +110,7 @@ def test_relations_of_twins_must_hold_for_one_and_the_same_choice():
 
 
 def test_true_captions_get_full_marks():
-    for item in SceneDataset("validation", 2, 100):
+    for item in SceneDataset("validation", 2, 60):
         assert matches(item.scene, item.statement).exact
         score = caption_score(item.scene, item.caption)
         assert score.exact and score.objects_right == score.objects == len(item.scene.objects)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3.errors import ConfigError, DataError, ModelFilesError
@@ -148,7 +148,8 @@ def test_save_and_load(vocabulary: Vocabulary, tmp_path) -> None:
     assert hash(loaded) == hash(vocabulary)
 
 
-@given(st.integers(5, 400), st.integers(1, 400), st.integers(1, 40), st.integers(1, 128))
+@settings(max_examples=10)
+@given(st.integers(5, 400), st.integers(1, 400), st.integers(1, 40), st.integers(1, 64))
 def test_built_vocabularies_are_valid_and_differ(
     text: int, codes: int, sentinels: int, multiple: int
 ) -> None:

@@ -185,32 +185,29 @@ class DocumentTokenizer:
         images = [
             part.pixels for document in documents for part in document.segments if isinstance(part, Image)
         ]
-        codes_BHW = self.image.encode(images).reshape(-1, *self.image.grid) if images else []
-        codes = iter(codes_BHW)
+        codes_BHW = iter(self.image.encode(images).reshape(-1, *self.image.grid))
+
+        def tokens(part: Text | Image) -> TextTokens | ImageCodes:
+            if isinstance(part, Image):
+                return ImageCodes(next(codes_BHW))
+            return TextTokens(np.array(self.text.encode(part.text), dtype=np.int32))
+
         return [
-            TokenizedDocument(
-                tuple(
-                    ImageCodes(next(codes)) if isinstance(part, Image) else self._text_tokens(part.text)
-                    for part in document.segments
-                ),
-                document.metadata,
-            )
+            TokenizedDocument(tuple(map(tokens, document.segments)), document.metadata)
             for document in documents
         ]
 
     def detokenize(self, document: TokenizedDocument) -> Document:
         """The text as it was, and the images as the image tokenizer decodes them."""
         codes = [part.codes_HW.ravel() for part in document.segments if isinstance(part, ImageCodes)]
-        pictures = iter(self.image.decode(np.stack(codes)) if codes else [])
-        return Document(
-            tuple(
-                Image(next(pictures))
-                if isinstance(part, ImageCodes)
-                else Text(self.text.decode(part.tokens.tolist()))
-                for part in document.segments
-            ),
-            document.metadata,
-        )
+        images = iter(self.image.decode(np.stack(codes)) if codes else [])
+
+        def content(part: TextTokens | ImageCodes) -> Text | Image:
+            if isinstance(part, ImageCodes):
+                return Image(next(images))
+            return Text(self.text.decode(part.tokens.tolist()))
+
+        return Document(tuple(map(content, document.segments)), document.metadata)
 
     def to_ids(self, document: TokenizedDocument) -> np.ndarray:
         """The ids of a document, int64 of shape (T,), see `document_to_ids`.
@@ -219,16 +216,16 @@ class DocumentTokenizer:
             DataError: as `document_to_ids`, or an image has another grid than the image tokenizer's.
         """
         for index, part in enumerate(document.segments):
-            if isinstance(part, ImageCodes) and part.codes_HW.shape != tuple(self.image.grid):
+            if isinstance(part, ImageCodes) and part.codes_HW.shape != self.image.grid:
                 raise DataError(
                     f"segment {index} is an image of {part.codes_HW.shape} codes, this tokenizer's have "
-                    f"{tuple(self.image.grid)}; tokenize the picture again"
+                    f"{self.image.grid}; tokenize the picture again"
                 )
         return document_to_ids(document, self.vocabulary)
 
     def from_ids(self, ids: np.ndarray | Sequence[int]) -> TokenizedDocument:
         """The exact inverse of `to_ids`, see `document_from_ids`."""
-        return document_from_ids(ids, self.vocabulary, tuple(self.image.grid))
+        return document_from_ids(ids, self.vocabulary, self.image.grid)
 
     @property
     def hash(self) -> str:
@@ -252,9 +249,6 @@ class DocumentTokenizer:
             ImageTokenizer.load(folder),
             Vocabulary.load(folder / VOCABULARY_FILE),
         )
-
-    def _text_tokens(self, text: str) -> TextTokens:
-        return TextTokens(np.array(self.text.encode(text), dtype=np.int32))
 
 
 def _require_segments(segments: tuple[Any, ...]) -> None:

@@ -1,8 +1,8 @@
 """Vector quantisation with a straight-through gradient (van den Oord et al. 2017, section 3.2).
 
-With unit-length latents and codes the nearest code is the one of largest cosine (Yu et al. 2022, "Vector-quantized
-Image Modeling with Improved VQGAN", section 3.2). The codebook is a buffer: it is learned by moving averages, outside
-of the gradient (`cm3.training.codebook`).
+With unit-length latents and codes the nearest code is the one of largest cosine (Yu et al. 2022,
+"Vector-quantized Image Modeling with Improved VQGAN", section 3.2). The codebook is a buffer: moving averages
+move it, outside of the gradient (`cm3.training.codebook`).
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
     latents_NE: Tensor
     """The (normalised) vectors that were quantised, in the order of `codes_BP`; detached."""
     commitment_loss: Tensor
-    """Mean squared distance of a latent to its code."""
+    """Mean squared difference of the latents and their codes, over all entries."""
 
 
 class VectorQuantizer(nn.Module):
@@ -45,13 +45,14 @@ class VectorQuantizer(nn.Module):
         return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors.float()
 
     @torch.no_grad()
-    def nearest(self, latents_NE: Float[Tensor, "N E"]) -> Int[Tensor, "N"]:
+    def nearest(self, latents_NE: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
         """Index of the nearest code of each vector, in chunks of bounded memory."""
         with torch.autocast(latents_NE.device.type, enabled=False):
             bias_Q = -0.5 * self.codebook_QE.square().sum(1)
             rows = max(1, CHUNK_ENTRIES // len(self.codebook_QE))
             parts = [
-                torch.addmm(bias_Q, part_NE, self.codebook_QE.T).argmax(1) for part_NE in latents_NE.split(rows)
+                torch.addmm(bias_Q, part_NE, self.codebook_QE.T).argmax(1)
+                for part_NE in latents_NE.split(rows)
             ]
         return torch.cat(parts)
 
@@ -61,7 +62,7 @@ class VectorQuantizer(nn.Module):
         latents_NE = self.project(latents_BEHW.permute(0, 2, 3, 1).reshape(-1, width))
         codes_N = self.nearest(latents_NE.detach())
         vectors_NE = self.codebook_QE[codes_N]
-        commitment_loss = (latents_NE - vectors_NE).square().sum(1).mean()
+        commitment_loss = (latents_NE - vectors_NE).square().mean()
         straight_NE = latents_NE + (vectors_NE - latents_NE).detach()
         vectors_BEHW = straight_NE.view(batch, height, columns, width).permute(0, 3, 1, 2)
         return Quantized(vectors_BEHW, codes_N.view(batch, -1), latents_NE.detach(), commitment_loss)

@@ -66,7 +66,8 @@ class TextTokenizer:
 
     def __init__(self, model: bytes) -> None:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ModelFilesError(
                 f"not a SentencePiece model ({error}); train one with `cm3 train`"
@@ -108,6 +109,7 @@ class TextTokenizer:
                 vocab_size=config.vocabulary_size,
                 hard_vocab_limit=False,
                 character_coverage=config.character_coverage,
+                required_chars=_SPACE_SYMBOL,  # a space has a piece even where no text holds one
                 max_sentencepiece_length=config.max_piece_length,
                 byte_fallback=True,
                 normalization_rule_name="identity",

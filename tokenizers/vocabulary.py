@@ -6,7 +6,7 @@ section 2.1). Chameleon orders the same parts differently; its table is another 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -202,13 +202,13 @@ class Vocabulary:
         codes = np.asarray(codes, dtype=np.int64)
         num_codes = self.image_range.size
         self._require((codes >= 0) & (codes < num_codes), codes, f"an image code below {num_codes}")
-        return codes + self.image_range.start
+        return np.asarray(codes + self.image_range.start)
 
     def ids_to_codes(self, ids: Any) -> np.ndarray:
         """Joint ids (any shape) to codebook indices, int64. Raises DataError for an id of another kind."""
         ids = np.asarray(ids, dtype=np.int64)
         self._require(self.is_image(ids), ids, "the id of an image code")
-        return ids - self.image_range.start
+        return np.asarray(ids - self.image_range.start)
 
     def describe(self, id: int) -> str:
         """What an id stands for, in words for error messages."""
@@ -234,7 +234,7 @@ class Vocabulary:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Vocabulary":
+    def from_json(cls, value: Any) -> "Vocabulary":
         """The inverse of `to_json`. Raises ModelFilesError for anything else."""
         try:
             vocabulary = cls(tuple(IdRange(**part) for part in value["ranges"]), dict(value["special_ids"]))
@@ -266,7 +266,7 @@ class Vocabulary:
     def _specials_among_text(self) -> list[int]:
         return [id for id in self.special_ids.values() if any(id in part for part in self.text_ranges)]
 
-    def _require(self, good: np.ndarray, values: np.ndarray, what: str) -> None:
+    def _require(self, good: Any, values: np.ndarray, what: str) -> None:
         if not good.all():
             raise DataError(
                 f"expected {what}, found {values[~good].flat[0]}; do these ids belong to this vocabulary?"

@@ -1,4 +1,4 @@
-"""VQ-GAN: picture to a grid of discrete codes and back (Esser et al. 2021, "Taming Transformers", section 3.1).
+"""VQ-GAN: pictures to grids of codes and back (Esser et al. 2021, "Taming Transformers", section 3.1).
 
 The adversarial and perceptual parts belong to training (`cm3.training.image_tokenizer`).
 """
@@ -29,9 +29,9 @@ class VQGANConfig:
     base_channels: int = 128
     """Channels at the highest resolution; a multiple of 16."""
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    """Channels of each resolution, in units of `base_channels`, highest resolution first. Each level after the first
-    halves the picture; the part of `downsampling` that they leave is done by folding square blocks of pixels into
-    channels before the first convolution and unfolding them after the last (cheaper, a little less sharp)."""
+    """Channels of each resolution, in units of `base_channels`, highest resolution first. Each level after
+    the first halves the picture; the part of `downsampling` that they leave is done by folding square blocks
+    of pixels into channels before the first convolution and unfolding them after the last (much cheaper)."""
     num_residual_blocks: int = 2
     """Residual blocks per level of the encoder; the decoder has one more."""
     attention: bool = True
@@ -48,10 +48,13 @@ class VQGANConfig:
             raise ConfigError(f"vqgan.downsampling={self.downsampling} is not supported; choose 4, 8 or 16")
         if self.image_size < self.downsampling or self.image_size % self.downsampling:
             raise ConfigError(
-                f"vqgan.image_size={self.image_size} is not a multiple of vqgan.downsampling={self.downsampling}"
+                f"vqgan.image_size={self.image_size} is not a multiple of "
+                f"vqgan.downsampling={self.downsampling}"
             )
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ConfigError(f"vqgan.channel_multipliers={self.channel_multipliers} must be positive, at least one")
+            raise ConfigError(
+                f"vqgan.channel_multipliers={self.channel_multipliers} must be positive, at least one"
+            )
         if 2 ** (len(self.channel_multipliers) - 1) > self.downsampling:
             most = self.downsampling.bit_length()
             raise ConfigError(
@@ -63,11 +66,13 @@ class VQGANConfig:
                 f"vqgan.base_channels={self.base_channels} is not a positive multiple of {NORM_GROUP_WIDTH}"
             )
         if not 2 <= self.num_codes <= 65536:
-            raise ConfigError(f"vqgan.num_codes={self.num_codes} is outside 2 to 65536 (codes are stored as uint16)")
+            raise ConfigError(
+                f"vqgan.num_codes={self.num_codes} is outside 2 to 65536 (codes are stored as uint16)"
+            )
         if self.code_width < 1 or self.num_residual_blocks < 1:
             raise ConfigError(
-                f"vqgan.code_width={self.code_width} and vqgan.num_residual_blocks={self.num_residual_blocks} "
-                "must be at least 1"
+                f"vqgan.code_width={self.code_width} and "
+                f"vqgan.num_residual_blocks={self.num_residual_blocks} must be at least 1"
             )
 
     @property
@@ -97,7 +102,7 @@ class VQGANOutput(NamedTuple):
     latents_NE: Tensor
     """The vectors that were quantised, as the codebook sees them; detached."""
     commitment_loss: Tensor
-    """Mean squared distance of a latent to its code."""
+    """Mean squared difference of the latents and their codes; 0 without quantisation."""
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -133,7 +138,9 @@ class SpatialAttention(nn.Module):
         qkv_BPC = self.qkv(self.norm(x_BCHW)).permute(0, 2, 3, 1).flatten(1, 2)
         q_B1PC, k_B1PC, v_B1PC = qkv_BPC.unsqueeze(1).chunk(3, dim=-1)
         mixed_BPC = F.scaled_dot_product_attention(q_B1PC, k_B1PC, v_B1PC).squeeze(1)
-        mixed_BCHW = mixed_BPC.unflatten(1, x_BCHW.shape[2:]).permute(0, 3, 1, 2)  # keeps a channels_last layout
+        mixed_BCHW = mixed_BPC.unflatten(1, x_BCHW.shape[2:]).permute(
+            0, 3, 1, 2
+        )  # keeps a channels_last layout
         return x_BCHW + self.out(mixed_BCHW)
 
 
@@ -171,7 +178,10 @@ def _build_decoder(config: VQGANConfig) -> nn.Sequential:
     layers.append(_middle(channels, config.attention))
     for level, width in enumerate(widths):
         if level:
-            layers += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(channels, channels, 3, padding=1)]
+            layers += [
+                nn.Upsample(scale_factor=2, mode="nearest"),
+                nn.Conv2d(channels, channels, 3, padding=1),
+            ]
         for _ in range(config.num_residual_blocks + 1):
             layers.append(ResidualBlock(channels, width))
             channels = width
@@ -208,7 +218,7 @@ class VQGAN(nn.Module):
         return self.decoder(vectors_BEHW.to(self.last_layer_weight.dtype)).float().clamp(-1, 1)
 
     def forward(self, image_BCHW: Float[Tensor, "B 3 H W"], quantize: bool = True) -> VQGANOutput:
-        """Reconstruct pictures; with `quantize=False` the decoder gets the latents themselves (start of training)."""
+        """Reconstruct pictures; with `quantize=False` (the start of training) from the latents themselves."""
         latents_BEHW = self.encoder(image_BCHW).float()
         quantized = self.quantizer(latents_BEHW)
         if quantize:

@@ -1,7 +1,7 @@
-"""Learning a codebook by moving averages (van den Oord et al. 2017, appendix A.1), with revival of dead codes.
+"""Learning a codebook by moving averages (van den Oord et al. 2017, appendix A.1); revival of dead codes.
 
-The codebook starts from k-means over real latents, and a code that was not used for a while is replaced by a latent of
-the current batch, as in Jukebox (Dhariwal et al. 2020, section 3.1).
+The codebook starts from k-means over real latents, and a code that was not used for a while is replaced by a
+latent of the current batch, as in Jukebox (Dhariwal et al. 2020, section 3.1).
 """
 
 from dataclasses import dataclass

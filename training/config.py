@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cm3.errors import ConfigError
+from cm3.generation.settings import SamplingSettings
 from cm3.model.config import ModelConfig
 from cm3.model.objective import ObjectiveConfig
 from cm3.training.optimizer import OptimizerConfig
@@ -68,6 +69,8 @@ class ModelRun:
     """Newest checkpoints that are kept."""
     log_interval: int = 10
     """Steps between console lines."""
+    generation: SamplingSettings = field(default_factory=SamplingSettings)
+    """Sampling defaults that the exported model carries."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, the spans and dropout."""
     output: str

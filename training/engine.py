@@ -1,10 +1,12 @@
 """DeepSpeed behind a small class: ZeRO, bf16, accumulation, clipping. The only file that imports deepspeed."""
 
+import io
 import logging
 import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ class Engine:
     """One training engine around a plain module.
 
     Args:
-        module: Module whose forward returns what the loop differentiates.
+        module: Its forward returns the loss in a plain tuple, where DeepSpeed finds it to hook it.
         optimizer: torch optimiser over the parameters of the module.
         config: Dictionary of `deepspeed_config`.
     """
@@ -56,11 +58,12 @@ class Engine:
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         deepspeed = start_distributed()
         self.device = _device()
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use at every stage
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self.module = module
-        self._set_step(0)
+        self.set_step(0)  # some of DeepSpeed's optimisers make a dummy update first, which Adam would count
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Run the module on tensors, which are moved to its device."""
@@ -106,29 +109,40 @@ class Engine:
             yield name, value.float().cpu()
 
     def load_state(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `state` returned; for weights also the working copy in the module."""
+        """Set what `state` returned; for weights the working copy in the module too. A collective."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.runtime.zero import GatheredParameters
 
+        self._create_moments()
         for name, parameter in self.module.named_parameters():
             value = tensors[name].to(self.device)
             if kind == "weights":
                 safe_set_full_fp32_param(parameter, value)
+                with GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
+                    parameter.copy_(value)
             else:
                 safe_set_full_optimizer_state(parameter, value, kind)
 
-    def resume(self, step: int) -> None:
-        """Tell Adam how many updates the loaded moments have seen (its bias correction depends on it)."""
-        self._set_step(step)
+    def set_step(self, step: int) -> None:
+        """Tell Adam how many updates its moments have seen; its bias correction depends on it."""
+        for state in self._adam().state.values():
+            state["step"] = torch.tensor(float(step))
 
-    def _set_step(self, step: int) -> None:
-        for state in _inner(self._optimizer).state.values():
-            if "step" in state:
-                state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), step)
+    def _adam(self) -> torch.optim.Optimizer:
+        """Return torch's optimiser inside DeepSpeed's."""
+        return self._optimizer.optimizer
 
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """Return torch's optimiser inside DeepSpeed's."""
-    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+    def _create_moments(self) -> None:
+        """Create Adam's moments, which otherwise appear at the first update, so that they can be loaded."""
+        adam, partitions = self._adam(), getattr(self._optimizer, "fp32_partitioned_groups_flat", None)
+        if partitions is None:  # stages 1 and 2: the groups hold this process's fp32 share
+            partitions = [parameter for group in adam.param_groups for parameter in group["params"]]
+        for partition in partitions:
+            if not adam.state[partition]:
+                moments = {kind: torch.zeros_like(partition) for kind in STATE_KINDS[1:]}
+                adam.state[partition] = {"step": torch.tensor(0.0), **moments}
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _device() -> torch.device:

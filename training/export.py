@@ -1,5 +1,6 @@
 """The end of a run: its weights as a model folder, with a model card that says how they came about."""
 
+import dataclasses
 import platform
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def export_model(
             tokenizer_folder=config.data.train,
             tokenizer_hash=state.tokenizer_hash,
             card=model_card(config, state, validation, engine.device),
+            generation=dataclasses.asdict(config.generation),
             dtype=EXPORT_DTYPES[config.export_precision],
         )
         print(f"wrote the model to {folder}", flush=True)

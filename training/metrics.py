@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cm3.model.loss import LossOutput
 from cm3.training.engine import Engine
 
 
@@ -58,10 +58,9 @@ class Window:
         self._sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)
         self._tokens = self._seconds = 0.0
 
-    def add(self, out: LossOutput) -> None:
-        """Add the sums of one micro batch, without waiting for the device."""
-        sums = (out.text_loss_sum, out.text_count, out.image_loss_sum, out.image_count)
-        self._sums += torch.stack([torch.as_tensor(s, device=self._sums.device).detach().double() for s in sums])
+    def add(self, sums: Tensor) -> None:
+        """Add text loss sum, text count, image loss sum and image count of a micro batch; waits for no device."""
+        self._sums += sums
 
     def start_lap(self) -> None:
         """Start the clock of a training step."""

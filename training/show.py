@@ -72,7 +72,7 @@ def total_flops(config: ModelRun) -> float:
     return tokens * flops_per_token(config.model, config.data.sequence_length / 2)
 
 
-def show(config: ModelRun, num_processes: int = 1) -> str:
+def show_model_run(config: ModelRun, num_processes: int = 1) -> str:
     """Return the report of a run: its settings, size, tokens, FLOPs and memory."""
     model: ModelConfig = config.model
     tokens = config.batch_rows * config.data.sequence_length

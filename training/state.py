@@ -123,7 +123,7 @@ def load_checkpoint(path: Path, engine: Engine, average: WeightAverage | None, t
         )
     for kind in STATE_KINDS:
         engine.load_state(kind, _read(path / f"{kind}.safetensors", engine.module))
-    engine.resume(state.step)
+    engine.set_step(state.step)
     if average is not None:
         average.load(_read(path / "average.safetensors", engine.module))
     return state

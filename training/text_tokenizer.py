@@ -37,7 +37,8 @@ def run(config: TextTokenizerRun) -> Path:
     yaml = dump_config(config, stage="text_tokenizer")
     print(yaml, flush=True)
     source = open_source(config.data)
-    tokenizer = TextTokenizer.train(tqdm(source.texts(), desc="texts", unit=" texts"), config.tokenizer)
+    texts = iter(tqdm(source.texts(), desc="reading", unit=" texts"))
+    tokenizer = TextTokenizer.train(texts, config.tokenizer)
     path = Path(config.output) / TEXT_TOKENIZER_FILE
     write_text(path.with_name("config.yaml"), yaml)
     tokenizer.save(path)

@@ -20,7 +20,7 @@ from cm3.data.shards import ShardedDocuments
 from cm3.distributed import barrier, is_main, rank, world_size
 from cm3.errors import ConfigError
 from cm3.model.config import flops_per_token
-from cm3.model.loss import LossOutput, next_token_loss, shift_targets
+from cm3.model.loss import next_token_loss, shift_targets
 from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
 from cm3.training.config import ModelRun
@@ -50,6 +50,7 @@ def run(config: ModelRun) -> Path | None:
 
     torch.manual_seed(config.seed)
     module = LossModule(Transformer(config.model), train_data.vocabulary, config)
+    module.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         module.model.compile()
     engine = Engine(
@@ -91,9 +92,9 @@ def run(config: ModelRun) -> Path | None:
             learning_rate = learning_rate_at(step, config.steps, config.optimizer)
             engine.set_learning_rate(learning_rate)
             for batch, share in zip(micro_batches, shares, strict=True):
-                out = engine(batch["ids_BT"], batch["document_ids_BT"], batch["weights_BT"])
-                engine.backward(out.loss * (share / total_weight))
-                window.add(out)
+                loss, sums = engine(batch["ids_BT"], batch["document_ids_BT"], batch["weights_BT"])
+                engine.backward(loss * (share / total_weight))
+                window.add(sums)
             if average:
                 average.update(step)
             seconds = window.lap(tokens)
@@ -141,9 +142,13 @@ class LossModule(nn.Module):
         self._image_range = (vocabulary.image_range.start, vocabulary.image_range.stop)
         self._z_loss_weight = config.z_loss_weight
 
-    def forward(self, ids_BT: Tensor, document_ids_BT: Tensor, weights_BT: Tensor) -> LossOutput:
-        """Return the loss of a micro batch, a mean over its targets."""
-        return next_token_loss(
+    def forward(self, ids_BT: Tensor, document_ids_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a micro batch, a mean over its targets, and its sums for `Window`.
+
+        A plain tuple: DeepSpeed hooks the tensors of tuples, lists and dictionaries only, and without its hooks bf16
+        gradients of one micro batch leak into the next.
+        """
+        out = next_token_loss(
             self.model,
             ids_BT,
             document_ids_BT,
@@ -151,6 +156,8 @@ class LossModule(nn.Module):
             weights_BT=weights_BT,
             z_loss_weight=self._z_loss_weight,
         )
+        sums = (out.text_loss_sum, out.text_count, out.image_loss_sum, out.image_count)
+        return out.loss, torch.stack([value.detach().double() for value in sums])
 
 
 def open_data(config: ModelRun) -> tuple[ShardedDocuments, ShardedDocuments | None]:
@@ -205,7 +212,8 @@ def evaluate(engine: Engine, config: ModelRun, data: ShardedDocuments) -> dict[s
     window = Window(engine)
     engine.module.eval()
     for batch in itertools.islice(make_loader(config, data, evaluation=True), num_batches):
-        window.add(engine(batch["ids_BT"], batch["document_ids_BT"], batch["weights_BT"]))
+        _, sums = engine(batch["ids_BT"], batch["document_ids_BT"], batch["weights_BT"])
+        window.add(sums)
     engine.module.train()
     return window.losses()
 

@@ -1,7 +1,8 @@
-"""Batches of packed, masked rows. Everything about a row is a function of (seed, epoch, place), nothing of the past.
+"""Batches of packed, masked rows.
 
-So a run resumes exactly from three integers, masks differ in every epoch, and the rows of a step are the same for any
-number of processes. Each process plans all rows, which is cheap, and fills only its own.
+Everything about a row is a function of (seed, epoch, place) and nothing of the past. So a run resumes exactly
+from three integers, masks differ in every epoch, and the rows of a step are the same for any number of
+processes. Each process plans all rows, which is cheap, and fills only its own.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ class PackedLoader:
         vocabulary: of the model; must be the documents'.
         objective: masks the documents.
         sequence_length: T.
-        rows: rows of a batch of one process; process r of W has rows r*rows.. of each W*rows consecutive ones.
+        rows: rows of a batch of one process, B; all processes together take consecutive rows.
         seed: of order and masks.
         packing: `documents` packs whole documents, each masked by itself; longer ones than a row are left out
-            (`num_too_long`). `stream` joins documents and cuts every T ids, as the paper does (spec 1.3); a row is
-            then one context, masked as a whole.
+            (`num_too_long`). `stream` joins documents and cuts every T ids, as the paper does (spec 1.3); a
+            row is then one context, masked as a whole.
         rank: of this process.
         world_size: number of processes.
-        evaluation: one pass in stored order, masks fixed by the seed, the last batch filled up with empty rows.
+        evaluation: one pass in stored order, masks fixed by the seed, the last batch filled with empty rows.
 
     Raises:
         ConfigError: if the vocabulary is not the documents', or a number is out of range.
@@ -105,8 +106,8 @@ class PackedLoader:
             )
         if sequence_length < 2 or rows < 1 or not 0 <= rank < world_size:
             raise ConfigError(
-                f"sequence_length={sequence_length}, rows={rows}, rank={rank} of {world_size}; a row needs two ids, a "
-                "batch one row, and the rank must be below world_size"
+                f"sequence_length={sequence_length}, rows={rows}, rank={rank} of {world_size}; a row "
+                "needs two ids, a batch one row, and the rank must be below world_size"
             )
         self._documents, self._vocabulary, self._objective = documents, vocabulary, objective
         self._sequence_length, self._rows, self._seed = sequence_length, rows, seed
@@ -123,8 +124,9 @@ class PackedLoader:
         self._place = Place()
         if not self._rows_of(0, 0):
             raise DataError(
-                f"the {len(documents)} documents of {documents.folder} fill no row of {sequence_length} ids (the longest "
-                f"has {documents.lengths.max()}); change sequence_length or packing, or prepare more data"
+                f"the {len(documents)} documents of {documents.folder} fill no row of {sequence_length} ids "
+                f"(the longest has {documents.lengths.max()}); change "
+                "sequence_length or packing, or prepare more data"
             )
 
     def state(self) -> dict[str, int]:
@@ -213,7 +215,8 @@ class PackedLoader:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _examples(self, epoch: int, row: Row) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The masked ids and weights of each context in a row: of each document, or of the one block of a stream."""
+        """The masked ids and weights of each context in a row: of each document, or of the one block of a
+        stream."""
         if self._is_stream:
             parts = [self._piece(piece.document, piece.start, piece.stop) for piece in row.pieces]
             ids_T, weights_T = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -1,4 +1,5 @@
-"""Which documents, or pieces of a stream of documents, share a row. Plans hold places; the loader fills in the ids.
+"""Which documents, or pieces of a stream of documents, share a row. Plans hold places; the loader fills in
+the ids.
 
 A plan is made window by window, and each window is a function of (seed, epoch, window) alone.
 """
@@ -39,7 +40,8 @@ def epoch_order(members: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Piece:
-    """The ids start..stop-1 of a document, and how many spans to mask in it where documents are masked one by one."""
+    """The ids start..stop-1 of a document, and how many spans to mask in it where documents are masked one by
+    one."""
 
     document: int
     start: int
@@ -84,9 +86,11 @@ class DocumentPlan:
         """The rows of a window; none after the last one of the epoch."""
         documents = self._order(epoch)[window * WINDOW_DOCUMENTS : (window + 1) * WINDOW_DOCUMENTS]
         lengths = self._lengths[documents].astype(np.int64)
-        counts = self._count_spans(generator(self._seed, Purpose.COUNTS, epoch, window), len(documents))
+        rng = generator(self._seed, Purpose.COUNTS, epoch, window)
+        counts = self._count_spans(rng, len(documents))
         counts = np.minimum(counts, (self._sequence_length - lengths) // self._ids_per_span)
         bins = best_fit(lengths + self._ids_per_span * counts, self._sequence_length)
+        rng.shuffle(bins)  # they come sorted by the lengths of their documents
         return [
             Row(number, [Piece(int(documents[i]), 0, int(lengths[i]), int(counts[i])) for i in items])
             for number, items in enumerate(bins)
@@ -126,7 +130,8 @@ class StreamPlan:
         ]
 
     def _joined(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order, and where in the stream each of its documents starts (and the last one stops)."""
+        """The epoch's order, and where in the stream each of its documents starts (and the last one
+        stops)."""
         if self._stream is None or self._stream[0] != epoch:
             order = self._order(epoch)
             starts = np.concatenate([[0], np.cumsum(self._lengths[order], dtype=np.int64)])

@@ -1,6 +1,7 @@
 """Raw rows of each layout behind one small interface: `len`, `name(index)`, `row(index)` -> column to value.
 
-A value may be a function without arguments, so that pixels are drawn, or bytes read, only where they are used.
+A value may be a function without arguments, so that pixels are drawn, or bytes read, only where they are
+used.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class JSONLines:
 
 
 class Folder:
-    """A folder of images, with sub-folders. Captions: a .txt beside each image, or metadata.jsonl / metadata.csv."""
+    """A folder of images, with sub-folders. Captions: a .txt beside each image, or metadata.jsonl /
+    metadata.csv."""
 
     def __init__(self, path: str, image_column: str | None) -> None:
         self._root, self._image_column = Path(path), image_column or "image"
@@ -165,9 +167,11 @@ class Folder:
 
 
 class WebDataset:
-    """Tar files whose members share a key up to the first dot: `0001.jpg`, `0001.txt`, `0001.json` are one row.
+    """Tar files whose members share a key up to the first dot: `0001.jpg`, `0001.txt`, `0001.json` are one
+    row.
 
-    Columns: `image` (bytes), `text` (.txt, else `text` or `caption` of .json) and every key of .json. The members'
+    Columns: `image` (bytes), `text` (.txt, else `text` or `caption` of .json) and every key of .json. The
+        members'
     places in the tars are read once, so rows are random access; the tars must be plain, not compressed.
     """
 

@@ -59,6 +59,7 @@ _SIZE_SHARE = 0.85  # share of captions that state sizes
 _BACKGROUND_SHARE = 0.5
 _RELATION_SHARE = 0.7  # share of captions of several objects that state relations
 _TERSE_SHARE = 0.08  # share of captions without articles
+_SENTENCE_SHARE = 0.15  # share of captions with a capital letter and a full stop
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, Statement]:
@@ -70,7 +71,10 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, Statement]:
     relations = _choose_relations(order, rng)
     background = scene.background if rng.random() < _BACKGROUND_SHARE else None
     statement = Statement(objects, relations, background)
-    return _word(statement, rng), statement
+    text = _word(statement, rng)
+    if rng.random() < _SENTENCE_SHARE:
+        text = f"{text[0].upper()}{text[1:]}."
+    return text, statement
 
 
 def _choose_relations(order: list[SceneObject], rng: np.random.Generator) -> tuple[tuple[int, str, int], ...]:

@@ -1,13 +1,13 @@
-"""Prepared documents on disk: Arrow files that are memory-mapped, text as int32 pieces, images as uint16 codes.
+"""Prepared documents on disk: memory-mapped Arrow files, text as int32 pieces, images as uint16 codes.
 
-A prepared folder holds `shards/00000.arrow ...` and, once all are written, `shards/index.json`; beside them lie the
-tokenizer files. `datasets.Dataset.from_file` opens a shard as well. Joint ids are made when documents are read, so
-shards do not depend on the order of the vocabulary's ranges.
+A prepared folder holds `shards/00000.arrow ...` and, once all are written, `shards/index.json`; beside them
+lie the tokenizer files. `datasets.Dataset.from_file` opens a shard as well. Joint ids are made when documents
+are read, so shards do not depend on the order of the vocabulary's ranges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,13 @@ def shard_path(folder: str | Path, number: int) -> Path:
     return Path(folder) / SHARDS_FOLDER / f"{number:05d}.arrow"
 
 
-def write_shard(path: str | Path, documents: Iterable[TokenizedDocument], metadata: dict[str, str]) -> None:
+def write_shard(path: str | Path, documents: Sequence[TokenizedDocument], metadata: dict[str, str]) -> None:
     """Write one shard, whole or not at all.
 
     Args:
         path: see `shard_path`.
-        documents: `metadata["retrieved"]` of a document counts its leading segments that are retrieved context;
-            `metadata["row"]` names its raw row.
+        documents: `metadata["retrieved"]` of a document counts its leading segments that are retrieved
+            context; `metadata["row"]` names its raw row.
         metadata: Kept in the file, see `read_shard_metadata`.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
@@ -117,14 +117,15 @@ class ShardedDocuments:
         index = read_json(index_path)
         if index["format_version"] != _FORMAT_VERSION:
             raise DataError(
-                f"{folder} has shards of format {index['format_version']}, this version reads {_FORMAT_VERSION}; "
-                "prepare the data again"
+                f"{folder} has shards of format {index['format_version']}, this version reads "
+                f"{_FORMAT_VERSION}; prepare the data again"
             )
         self.tokenizer_hash: str = index["tokenizer_hash"]
         if tokenizer_hash is not None and tokenizer_hash != self.tokenizer_hash:
             raise DataError(
-                f"{folder} was prepared with tokenizers {self.tokenizer_hash[:12]}, asked for {tokenizer_hash[:12]}; "
-                "prepare the data with this model's tokenizers, or use the model that fits the data"
+                f"{folder} was prepared with tokenizers {self.tokenizer_hash[:12]}, asked for "
+                f"{tokenizer_hash[:12]}; prepare the data with this model's tokenizers, or "
+                "use the model that fits the data"
             )
         self.vocabulary = Vocabulary.load(self.folder / VOCABULARY_FILE)
         self._shards = [_Shard(shard_path(folder, number)) for number in range(index["num_shards"])]
@@ -146,7 +147,8 @@ class ShardedDocuments:
         return document_to_ids(self[index], self.vocabulary)
 
     def num_retrieved_ids(self, index: int) -> int:
-        """How many ids at the start of a document, `</s>` and breaks included, belong to retrieved context."""
+        """How many ids at the start of a document, `</s>` and breaks included, belong to retrieved
+        context."""
         shard, row = self._locate(index)
         retrieved = shard.retrieved[row]
         return int(1 + shard.segment_lengths(row)[:retrieved].sum() + retrieved) if retrieved else 0

@@ -1,4 +1,5 @@
-"""Where documents come from: one config, one `Source`, whatever the raw layout; bad rows are counted, named, skipped."""
+"""Where documents come from: one config, one `Source`, whatever the raw layout; bad rows are counted, named,
+skipped."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ class SourceConfig:
     """Which raw rows to read, and which of their columns."""
 
     kind: Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset"]
-    """scenes: drawn by `cm3.data.scenes`; parquet: a file, a glob or a folder holding `<split>*.parquet`; hub: a name
-    on the Hugging Face Hub or a local folder in its layout; jsonl: one object a line, image paths relative to the
-    file; folder: images with a .txt of the same name each, or metadata.jsonl / metadata.csv with a `file_name` column;
-    webdataset: a tar file, a glob of them or a folder of them."""
+    """scenes: drawn by `cm3.data.scenes`; parquet: a file, a glob or a folder holding `<split>*.parquet`;
+    hub: a name on the Hugging Face Hub or a local folder in its layout; jsonl: one object a line, image paths
+    relative to the file; folder: images with a .txt of the same name each, or metadata.jsonl / metadata.csv
+    with a `file_name` column; webdataset: a tar file, a glob of them or a folder of them."""
     path: str = ""
     """Where the rows lie (see `kind`); not used by scenes."""
     subset: str | None = None
@@ -33,8 +34,9 @@ class SourceConfig:
     split: str = "train"
     """Which split of scenes, hub and of a parquet folder."""
     text_columns: tuple[str, ...] = ("text",)
-    """Columns holding the caption; with several, each row uses one of its filled ones, drawn by `seed`. Empty: no
-    text, images only. webdataset: `txt`'s content and the keys of `json` are columns, `text` means either."""
+    """Columns holding the caption; with several, each row uses one of its filled ones, drawn by `seed`.
+    Empty: no text, images only. webdataset: `txt`'s content and the keys of `json` are columns, `text` means
+    either."""
     image_column: str | None = "image"
     """Column holding the image (bytes, a path, or the {bytes, path} of `datasets`); None: text only."""
     limit: int | None = None
@@ -64,7 +66,8 @@ class SourceConfig:
 
 
 class Reader(Protocol):
-    """Random access to raw rows. A column's value may be a function without arguments, called when it is needed."""
+    """Random access to raw rows. A column's value may be a function without arguments, called when it is
+    needed."""
 
     def __len__(self) -> int: ...
 
@@ -100,13 +103,14 @@ class RowReport:
         """Raise `DataError` if the bad rows are more than the allowed share of `num_rows`."""
         if self.bad > max_bad_fraction * num_rows:
             raise DataError(
-                f"{self.bad} of {num_rows} rows are bad, more than max_bad_fraction={max_bad_fraction} allows; "
-                f"repair them or raise max_bad_fraction. First: {'; '.join(self.bad_rows[:3])}"
+                f"{self.bad} of {num_rows} rows are bad, more than max_bad_fraction={max_bad_fraction} "
+                f"allows; repair them or raise max_bad_fraction. First: {'; '.join(self.bad_rows[:3])}"
             )
 
 
 class Source:
-    """The documents of a config: `len`, random access (a bad row raises `DataError`), iteration (skips bad rows)."""
+    """The documents of a config: `len`, random access (a bad row raises `DataError`), iteration (skips bad
+    rows)."""
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
@@ -165,7 +169,8 @@ class Source:
             yield document
 
     def texts(self) -> Iterator[str]:
-        """Every text of every row, all text columns of it, without touching images; to train a text tokenizer."""
+        """Every text of every row, all text columns of it, without touching images; to train a text
+        tokenizer."""
         for index in range(len(self)):
             self.report.read += 1
             try:

@@ -1,8 +1,8 @@
 """The decoding engine: many requests, many samples of each, one static cache, one step for all rows.
 
-Every row has its own length, place in its grammar, seed and settings; nothing a row produces depends on its neighbours.
-Guidance rows are extra rows of the same forward pass with their own prompt and cache. Letters added: R rows of the
-forward pass (B rows that produce ids, then G guidance rows), U distinct prompts.
+Every row has its own length, place in its grammar, seed and settings; nothing a row produces depends on its
+neighbours. Guidance rows are extra rows of the same forward pass with their own prompt and cache. Letters
+added: R rows of the forward pass (B rows that produce ids, then G guidance rows), U distinct prompts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from cm3.errors import RequestError
-from cm3.generation.grammar import END, Grammar, GrammarTables, Kind, id_kinds
+from cm3.generation.grammar import END, GrammarTables, id_kinds
+from cm3.generation.request import Request, check_request
 from cm3.generation.sampler import Sampler
 from cm3.generation.settings import SamplingSettings
 from cm3.model.cache import KeyValueCache
@@ -24,24 +25,6 @@ from cm3.tokenizers.vocabulary import Vocabulary
 
 CHECK_INTERVAL = 8
 """Steps between two looks at the device while rows may end at any time; images have a known length."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt and what to make of it."""
-
-    prompt_ids: tuple[int, ...]
-    """Ids of the joint vocabulary that the row starts from."""
-    grammar: Grammar
-    """What the new ids must look like."""
-    max_new_tokens: int
-    """Budget of new ids; the grammar reaches its end within it."""
-    unconditional_ids: tuple[int, ...] | None = None
-    """The prompt of the guidance row; None where guidance cannot be used."""
-    forced_ids: tuple[int, ...] = ()
-    """For each new position the id that must stand there, -1 where the model chooses; positions beyond are free."""
-    seeds: tuple[int, ...] = (0,)
-    """One sample per seed: the same seed gives the same noise, whatever else is in the batch."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +63,18 @@ class Engine:
     Args:
         model: it stays where it is; the cache takes its device and number type.
         vocabulary: the id space of the model.
-        max_batch_rows: most rows of one forward pass, guidance rows included; more work is split. Bounds memory.
-        compile: compile the step with `torch.compile`. The first steps of every new batch shape then take long;
-            it pays where many batches of one shape follow.
+        max_batch_rows: most rows of one forward pass, guidance rows included; more work is split.
+        compile: compile the step with `torch.compile`. The first steps of every new batch shape then take
+            long: it pays where many batches of one shape follow.
     """
 
     def __init__(
         self, model: Transformer, vocabulary: Vocabulary, *, max_batch_rows: int = 64, compile: bool = False
     ) -> None:
         if max_batch_rows < 2:
-            raise RequestError(f"max_batch_rows={max_batch_rows}, but a row with guidance takes 2; choose 2 or more")
+            raise RequestError(
+                f"max_batch_rows={max_batch_rows}, but a row with guidance takes 2; choose 2 or more"
+            )
         self.model = model
         self.vocabulary = vocabulary
         self.max_batch_rows = max_batch_rows
@@ -112,7 +97,7 @@ class Engine:
             settings: for all requests, or one for each.
 
         Returns:
-            For each request, for each of its seeds, the new ids (int64), up to what ended the row and including it.
+            For each request, for each of its seeds, the new ids (int64), with the one that ended the row.
 
         Raises:
             RequestError: a request does not fit the model's context or budget, or guidance lacks a prompt.
@@ -121,7 +106,7 @@ class Engine:
             settings = [settings] * len(requests)
         rows = []
         for index, (request, chosen) in enumerate(zip(requests, settings, strict=True)):
-            self._check(index, request, chosen)
+            check_request(index, request, chosen, self.model.config.max_positions, self._kind_V)
             rows += [_Row(request, chosen, seed) for seed in request.seeds]
         with _evaluating(self.model), torch.inference_mode():
             outputs = iter([ids for part in self._parts(rows) for ids in self._run_rows(part)])
@@ -137,41 +122,14 @@ class Engine:
         with _evaluating(self.model), torch.inference_mode():
             for start in range(0, len(sequences), self.max_batch_rows):
                 part = sequences[start : start + self.max_batch_rows]
-                hidden_BTD = self.model(self._padded([[*prompt, *continuation] for prompt, continuation in part]))
+                rows = [[*prompt, *continuation] for prompt, continuation in part]
+                hidden_BTD = self.model(self._padded(rows))
                 for (prompt, continuation), hidden_TD in zip(part, hidden_BTD, strict=True):
                     places = slice(len(prompt) - 1, len(prompt) + len(continuation) - 1)
                     log_p_TV = self.model.logits(hidden_TD[places]).float().log_softmax(dim=-1)
                     targets_T1 = torch.tensor(continuation, device=self.device)[:, None]
                     scores.append(log_p_TV.gather(1, targets_T1).sum().item())
         return scores
-
-    def _check(self, index: int, request: Request, settings: SamplingSettings) -> None:
-        """Refuse what cannot be served, before anything is computed."""
-        if any(not 0 <= seed < 1 << 63 for seed in request.seeds):
-            raise RequestError(f"request {index} has the seeds {request.seeds}; choose integers from 0 to 2**63 - 1")
-        limit = self.model.config.max_positions
-        prompts = [request.prompt_ids]
-        if settings.guidance_scale != 1:
-            if request.unconditional_ids is None:
-                raise RequestError(
-                    f"request {index} asks for guidance_scale={settings.guidance_scale}, but has no unconditional "
-                    "prompt to compare with; set guidance_scale=1"
-                )
-            prompts.append(request.unconditional_ids)
-        longest = max(len(prompt) for prompt in prompts)
-        if longest + request.max_new_tokens > limit:
-            raise RequestError(
-                f"request {index} has {longest} prompt ids and asks for {request.max_new_tokens} new ones, together "
-                f"{longest + request.max_new_tokens}; the model has {limit} positions: shorten the prompt or ask for less"
-            )
-        if not min(len(prompt) for prompt in prompts) or not request.seeds:
-            raise RequestError(f"request {index} has an empty prompt or no seeds; give at least one of each")
-        fewest = request.grammar.fewest_ids()[request.grammar.start]
-        if request.max_new_tokens < fewest:
-            raise RequestError(
-                f"request {index} allows {request.max_new_tokens} new ids, but needs {fewest}; raise max_new_tokens"
-            )
-        request.grammar.check_forced(request.forced_ids, request.max_new_tokens, self._kind_V)
 
     def _parts(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """The rows in order, in batches of at most `max_batch_rows` rows with their guidance rows."""
@@ -203,7 +161,7 @@ class Engine:
         return [ids_T[:length].copy() for ids_T, length in zip(output_BT, lengths, strict=True)]
 
     def _start(self, rows: Sequence[_Row]) -> _Batch:
-        """The batch before its first step: prompts prefilled up to their last id, which the first step feeds."""
+        """The batch before its first step: prompts prefilled but for their last ids, which the step feeds."""
         device = self.device
         guided = [index for index, row in enumerate(rows) if row.is_guided]
         prompts = [row.request.prompt_ids for row in rows]
@@ -244,20 +202,22 @@ class Engine:
     def _padded(self, sequences: Sequence[Sequence[int]]) -> Int[Tensor, "B T"]:
         """Sequences of ids, padded on the right to the longest."""
         rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.vocabulary.pad_id).to(self.device)
+        pad_id = self.vocabulary.pad_id
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id).to(self.device)
 
     def _decode_step(self, batch: _Batch, image_only: bool) -> None:
         """Feed the last ids, draw the next ones. No branch on data and no synchronisation with the host.
 
         Args:
-            image_only: no row can choose among anything but image ids, so only their part of the head is computed.
+            image_only: no row can choose among anything but image ids: only their part of the head is used.
         """
         active_B = batch.state_B != END
         hidden_R1D = self.model(
             batch.last_R[:, None], cache=batch.cache, num_new_B=active_B[batch.owner_R].long()
         )
         image = self.vocabulary.image_range
-        logits_RV = self.model.logits(hidden_R1D[:, 0], (image.start, image.stop) if image_only else None).float()
+        id_range = (image.start, image.stop) if image_only else None
+        logits_RV = self.model.logits(hidden_R1D[:, 0], id_range).float()
         if image_only:
             drawn_B = batch.sampler.draw(logits_RV, batch.step_1, None, first_id=image.start)
         else:
@@ -268,7 +228,7 @@ class Engine:
         forced_B = batch.forced_BT.index_select(1, batch.step_1)[:, 0]
         ids_B = torch.where(literal_B >= 0, literal_B, torch.where(forced_B >= 0, forced_B, drawn_B))
         if not image_only:
-            batch.sampler.see(ids_B, batch.tables.kind_V[ids_B] == Kind.TEXT)
+            batch.sampler.see(ids_B, batch.tables.text_V[ids_B])
         state_B, taken_B = batch.tables.advance(batch.state_B, batch.taken_B, ids_B)
         batch.output_BT.index_copy_(1, batch.step_1, ids_B[:, None])
         batch.last_R.copy_(ids_B[batch.owner_R])

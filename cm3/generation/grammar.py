@@ -1,8 +1,9 @@
 """What may come next: a finite-state machine over kinds of ids, run as tensors on the device.
 
-A `Grammar` is a small program of states, built on the host by one of the functions below; every stream it lets through
-parses as a document (spec 1.2) or as the moved spans of one (spec 2.2). `GrammarTables` joins the programs of a batch into
-one transition table, so that rows in different modalities share a step. Letters added: X states, Z kinds of ids.
+A `Grammar` is a small program of states, built on the host by one of the functions below; every stream it
+lets through parses as a document (spec 1.2) or as the moved spans of one (spec 2.2). `GrammarTables` joins
+the programs of a batch into one transition table, so that rows in different modalities share a step. Letters
+added: X states, Z kinds of ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,8 @@ class Grammar:
             kind = Kind(int(kind_V[id])) if id >= 0 else next(iter(moves))
             if id < 0 and len(moves) > 1:
                 raise RequestError(
-                    f"new id {last} is to be forced, but what stands there depends on new id {place}, which is free; "
-                    "force that one too"
+                    f"new id {last} is to be forced, but what stands there depends on new id {place}, which "
+                    "is free; force that one too"
                 )
             taken += 1
             left = max_new_tokens - place - 1
@@ -130,8 +131,8 @@ class Span:
 def infill(spans: Sequence[Span], eoss_id: int) -> Grammar:
     """The moved spans of a masked document: `span <eoss>`, and before every one but the first its sentinel.
 
-    For a prompt that ends in the first span's sentinel. Image spans have exactly their number of codes; a text span has
-    at least one id, for training never moves an empty span.
+    For a prompt that ends in the first span's sentinel. Image spans have exactly their number of codes; a
+    text span has at least one id, for training never moves an empty span.
     """
     program = _Program()
     following = END
@@ -218,9 +219,10 @@ class GrammarTables:
         literals = [-1 if state.literal is None else state.literal for state in states]
         self.literal_X = torch.tensor(literals, device=device)
         self.kind_V = id_kinds(vocabulary).to(device)
+        self.text_V = self.kind_V == int(Kind.TEXT)
 
     def allowed(self, state_B: Int[Tensor, " B"], left_B: Int[Tensor, " B"]) -> Bool[Tensor, "B V"]:
-        """Which ids may come. True is allowed; rows whose state names its id are all False but for `literal`."""
+        """True for the ids that may come, as far as their kind and the budget go; see also `literal`."""
         allowed_BZ = self.need_XZ[state_B] < left_B[:, None]
         return allowed_BZ[:, self.kind_V]
 
@@ -238,7 +240,7 @@ class GrammarTables:
         return state_B, torch.where(stays_B, taken_B, 0)
 
     def image_steps(self, states: Sequence[int], taken: Sequence[int]) -> int:
-        """For how many steps from here on no row can choose among anything but image ids (0 if one can now)."""
+        """For how many steps no row can choose among anything but image ids; 0 if one can now."""
         return min(self._image_runs[state] - count for state, count in zip(states, taken, strict=True))
 
 
@@ -251,7 +253,8 @@ def _image_runs(states: Sequence[State]) -> list[int]:
     runs[END] = _UNREACHABLE
     for _ in states:
         for index, state in enumerate(states):
-            if index != END and (state.literal is not None or [kind for kind, _ in state.moves] == [Kind.IMAGE]):
+            only_image = [kind for kind, _ in state.moves] == [Kind.IMAGE]
+            if index != END and (only_image or state.literal is not None):
                 ((_, target),) = state.moves
                 runs[index] = state.count + runs[target]
     return runs

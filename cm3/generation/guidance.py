@@ -10,7 +10,7 @@ def classifier_free(
 ) -> Float[Tensor, "B V"]:
     """Classifier-free guidance `l_u + a (l_c - l_u)`, before temperature and top-p.
 
-    A scale of 1 returns the conditional logits bit for bit, 0 the unconditional ones; more than 1 exaggerates the prompt.
+    A scale of 1 gives exactly the conditional logits, 0 the unconditional ones, more overstates the prompt.
     """
     scale_B1 = scale_B[:, None]
     guided_BV = unconditional_BV + scale_B1 * (conditional_BV - unconditional_BV)

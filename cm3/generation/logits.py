@@ -14,8 +14,10 @@ EXCLUDED = float("-inf")
 def repetition_penalty(
     logits_BV: Float[Tensor, "B V"], seen_BV: Bool[Tensor, "B V"], penalty_B: Float[Tensor, " B"]
 ) -> Float[Tensor, "B V"]:
-    """Make ids marked in `seen_BV` less likely (Keskar et al. 2019, CTRL): positive logits are divided by the penalty,
-    negative ones multiplied. The caller marks only text ids. 1 is off."""
+    """Make the ids marked in `seen_BV` less likely (Keskar et al. 2019, CTRL). 1 is off.
+
+    Positive logits are divided by the penalty, negative ones multiplied. The caller marks only text ids.
+    """
     penalty_B1 = penalty_B[:, None]
     penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return torch.where(seen_BV & (penalty_B1 != 1), penalised_BV, logits_BV)
@@ -29,7 +31,10 @@ def temperature(logits_BV: Float[Tensor, "B V"], temperature_B: Float[Tensor, " 
 
 
 def top_k(logits_BV: Float[Tensor, "B V"], k_B: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-    """Keep the k highest logits; ids tied with the k-th all stay, so the result does not depend on id order. 0 is off."""
+    """Keep the k highest logits. 0 is off.
+
+    Ids tied with the k-th all stay, so the result does not depend on the order of ids.
+    """
     size = logits_BV.shape[1]
     last_B1 = torch.where(k_B > 0, k_B, size).clamp(max=size)[:, None] - 1
     threshold_B1 = logits_BV.sort(dim=1, descending=True).values.gather(1, last_B1)
@@ -37,10 +42,10 @@ def top_k(logits_BV: Float[Tensor, "B V"], k_B: Int[Tensor, " B"]) -> Float[Tens
 
 
 def top_p(logits_BV: Float[Tensor, "B V"], p_B: Float[Tensor, " B"]) -> Float[Tensor, "B V"]:
-    """Keep the smallest set of most likely ids whose probability reaches p (Holtzman et al. 2020, nucleus sampling).
+    """Keep the fewest most likely ids whose probabilities reach p (Holtzman et al. 2020). 1 is off.
 
-    The id that crosses p is in the set, so at least one id stays. Among equally likely ids at the edge the lower id
-    goes in first: no id more than needed is kept. 1 is off.
+    The id that crosses p is in the set, so at least one id stays. Among equally likely ids at the edge the
+    lower id goes in first: no id more than needed is kept.
     """
     sorted_BV, order_BV = logits_BV.sort(dim=1, descending=True, stable=True)
     reached_BV = sorted_BV.softmax(dim=1).cumsum(dim=1)

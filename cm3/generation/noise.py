@@ -1,9 +1,10 @@
 """Counter-based noise: every random number is a pure function of (seed, position, purpose, id).
 
-Nothing is stored and nothing is drawn in order, so a row gets the same noise alone, in a batch or reordered, on every
-device and inside a compiled step. The hash works on unsigned 32-bit values held in int64; constants are written as
-signed 32-bit numbers so that no product leaves 64 bits. Its mixing function has the xorshift-multiply form of
-MurmurHash3's finaliser (A. Appleby, public domain) with C. Wellons's "lowbias32" constants.
+Nothing is stored and nothing is drawn in order, so a row gets the same noise alone, in a batch or reordered,
+on every device and inside a compiled step. The hash works on unsigned 32-bit values held in int64; constants
+are written as signed 32-bit numbers so that no product leaves 64 bits. Its mixing function has the
+xorshift-multiply form of MurmurHash3's finaliser (A. Appleby, public domain) with C. Wellons's "lowbias32"
+constants.
 """
 
 import torch
@@ -32,9 +33,9 @@ def _mix(values: Tensor) -> Tensor:
 def hash_bits(
     seed_B: Int[Tensor, " B"], position_B: Int[Tensor, " B"], purpose: int, size: int, start: int = 0
 ) -> Int[Tensor, "B V"]:
-    """Hash of (seed, position, purpose, id) for ids `start .. start + size`, as unsigned 32-bit values in int64.
+    """Hash of (seed, position, purpose, id) for ids `start .. start + size`: unsigned 32-bit values in int64.
 
-    Seeds are 64-bit. Two independent 32-bit keys per (seed, position, purpose) keep rows apart.
+    Seeds have 64 bits. Two independent 32-bit keys per (seed, position, purpose) keep rows apart.
     """
     seed_B = seed_B.long()
     low_B, high_B = seed_B & _MASK, (seed_B >> 32) & _MASK
@@ -62,6 +63,6 @@ def gumbel(
 ) -> Float[Tensor, "B V"]:
     """Standard Gumbel noise: `argmax(logits + gumbel)` is one draw from `softmax(logits)`.
 
-    Written as -log(-log(1 - u)): the large values, which decide the draw, come from the finely spaced end of u.
+    Written as -log(-log(1 - u)): large values, which decide the draw, come from the finely spaced end of u.
     """
     return -torch.log(-torch.log1p(-uniform(seed_B, position_B, purpose, size, start)))

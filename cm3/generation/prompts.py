@@ -1,11 +1,13 @@
-"""Requests for what a user asks: pictures from text, text from pictures, parts of either, and free completion.
+"""Requests for what a user asks: pictures from text, text from pictures, parts of either, free completion.
 
 Every prompt followed by what its grammar lets through is a row as training makes it (spec 2.2, 2.6), with
 E `</s>`, B `<break>`, S `<sentinel>`:
 
-    text to image   E text B | codes                    infill text    E before S0 after [B image] E S0 | text <eoss>
-    unconditional   E S0 B | codes                      infill image   E text B codes S0 codes E S0 | codes <eoss>
-    complete        E segment [B segment]* | ...                       (one sentinel for every masked run of codes)
+    text to image   E text B | codes
+    any image       E S0 B | codes
+    infill text     E before S0 after [B image] E S0 | text <eoss>
+    infill image    E text B codes S0 codes E S0 | codes <eoss>         (one S for every masked run of codes)
+    complete        E segment [B segment ...] | ...
 """
 
 from collections.abc import Sequence
@@ -17,8 +19,8 @@ from jaxtyping import Bool, Integer
 
 from cm3.errors import RequestError
 from cm3.generation import grammar
-from cm3.generation.engine import Request
 from cm3.generation.grammar import After, Span
+from cm3.generation.request import Request
 from cm3.tokenizers.document import ImageCodes, TextTokens
 from cm3.tokenizers.vocabulary import Vocabulary
 
@@ -56,8 +58,8 @@ class Prompts:
     ) -> Request:
         """The text between two texts, of a document of its own or of an image's caption.
 
-        With an image and nothing before and after it is the caption. Take spaces into the generated part: pieces
-        of text carry the space before a word, so `before` should not end in one.
+        With an image and nothing before and after it is the caption. Take spaces into the generated part:
+        pieces of text carry the space before a word, so `before` should not end in one.
 
         Args:
             max_new_tokens: budget of new ids; the `<eoss>` that ends the text is one of them.
@@ -82,14 +84,14 @@ class Prompts:
         spans: Literal["runs", "single"] = "single",
         seeds: Sequence[int] = (0,),
     ) -> Request:
-        """The codes under a mask, from the codes around it and a caption; `filled` puts the new codes in their place.
+        """The codes under a mask, from the codes around it and a caption; `filled` puts them in their place.
 
         Args:
             mask_HW: True where codes are to be made anew.
-            text: the caption; None: it is masked too (by the sentinel after those of the image, so that the image's
-                have the same names in both rows of guidance).
-            spans: "runs": one sentinel for every run of masked codes in raster order, so one per row of a box;
-                "single": one sentinel from the first to the last masked code, the codes between them that are not
+            text: the caption; None: it is masked too, by the sentinel after those of the image, so that the
+                image's are the same in both rows of guidance.
+            spans: "runs": one sentinel for every run of masked codes in raster order, one per row of a box;
+                "single": one sentinel from the first to the last masked code, the codes between that are not
                 masked being forced. Training shows one span far more often than many.
 
         Raises:
@@ -107,8 +109,8 @@ class Prompts:
             bounds = [(bounds[0][0], bounds[-1][1])]
         if len(bounds) >= self.vocabulary.num_sentinels:
             raise RequestError(
-                f"the mask has {len(bounds)} runs of codes, the vocabulary {self.vocabulary.num_sentinels} sentinels; "
-                "choose spans='single' or a simpler mask"
+                f"the mask has {len(bounds)} runs of codes, the vocabulary {self.vocabulary.num_sentinels} "
+                "sentinels; choose spans='single' or a simpler mask"
             )
         sentinels = [self.vocabulary.sentinel_id(index) for index in range(len(bounds) + 1)]
         holed: list[int] = []
@@ -171,7 +173,11 @@ class Prompts:
         return self.vocabulary.ids_to_text(new_ids[self.vocabulary.is_text(new_ids)]).tolist()
 
     def filled(
-        self, codes_HW: Codes, mask_HW: Bool[np.ndarray, "H W"], request: Request, new_ids: Integer[np.ndarray, " T"]
+        self,
+        codes_HW: Codes,
+        mask_HW: Bool[np.ndarray, "H W"],
+        request: Request,
+        new_ids: Integer[np.ndarray, " T"],
     ) -> Codes:
         """The image with the new ids of an `infill_image` request under the mask; nothing else changes."""
         forced = np.array(request.forced_ids)
@@ -221,8 +227,8 @@ def box_mask(
     height, width = image_size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise RequestError(
-            f"box {left},{top},{right},{bottom} does not lie in the {width}x{height} picture; give left,top,right,bottom "
-            f"with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
+            f"box {left},{top},{right},{bottom} does not lie in the {width}x{height} picture; give "
+            f"left,top,right,bottom with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
         )
     rows, columns = np.arange(grid[0]), np.arange(grid[1])
     touched_H = (rows * height < bottom * grid[0]) & ((rows + 1) * height > top * grid[0])

@@ -1,4 +1,4 @@
-"""From logits to one drawn id per row: guidance, reshaping, Gumbel-max. Every row has its own settings and seed.
+"""From logits to one drawn id per row, each with its own settings and seed: guidance, reshaping, Gumbel-max.
 
 Letters added: R rows of the forward pass (B rows that produce ids, then G guidance rows).
 """
@@ -17,7 +17,7 @@ from cm3.tokenizers.vocabulary import Vocabulary
 
 
 class Sampler:
-    """The settings of the rows of one batch as tensors, and the draw. A setting that no row uses costs nothing.
+    """The settings of a batch's rows as tensors, and the draw. A setting that no row uses costs nothing.
 
     Args:
         settings: of each row.
@@ -47,7 +47,7 @@ class Sampler:
         self.uses_top_p = any(chosen.top_p < 1 for chosen in settings)
         self.uses_penalty = any(chosen.repetition_penalty != 1 for chosen in settings)
         seen_width = vocabulary.size if self.uses_penalty else 0
-        self.seen_BV = torch.zeros(len(rows), seen_width, dtype=torch.bool, device=device)
+        self.seen_BV = torch.zeros(len(settings), seen_width, dtype=torch.bool, device=device)
 
     def draw(
         self,
@@ -57,7 +57,7 @@ class Sampler:
         *,
         first_id: int,
     ) -> Int[Tensor, " B"]:
-        """One id per row from logits over ids `first_id ..`; `allowed_BV` None: all of them, and none is text."""
+        """One id per row from logits over ids `first_id ..`; `allowed_BV` None: all of them, none is text."""
         num_rows, size = len(self.seed_B), logits_RV.shape[1]
         logits_BV, unconditional_GV = logits_RV[:num_rows], logits_RV[num_rows:]
         if len(self.guided_G):

@@ -7,7 +7,7 @@ from cm3.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """Applied in the order guidance, repetition penalty, temperature, top-k, top-p; then one Gumbel-max draw per id."""
+    """Applied in the order guidance, repetition penalty, temperature, top-k, top-p; then one draw per id."""
 
     temperature: float = 1.0
     """Divides the logits: below 1 is safer, above 1 more varied; 0 always takes the likeliest id."""
@@ -16,9 +16,9 @@ class SamplingSettings:
     top_p: float = 1.0
     """Draw among the fewest likeliest ids whose probabilities reach p; 1 is off."""
     repetition_penalty: float = 1.0
-    """Makes text ids that were already generated less likely; more than 1 discourages, 1 is off. Images are exempt."""
+    """More than 1 makes text ids that were already generated less likely; 1 is off. Images are exempt."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance: how far to exaggerate the effect of the prompt; 1 is off and costs half as much."""
+    """How far to overstate the effect of the prompt (classifier-free); 1 is off and costs half as much."""
 
     def __post_init__(self) -> None:
         limits = {

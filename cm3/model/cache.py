@@ -1,6 +1,6 @@
 """A static key-value cache: fixed shapes, one write index per row, no synchronisation in the decoding step.
 
-    L layers   B rows   S slots (capacity + 1)   T new tokens   G key/value heads   K head width
+L layers   B rows   S slots (capacity + 1)   T new tokens   G key/value heads   K head width
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class KeyValueCache:
 
     keys_LBSGK: Float[Tensor, "L B S G K"]
     values_LBSGK: Float[Tensor, "L B S G K"]
-    lengths_B: Int[Tensor, "B"]
+    lengths_B: Int[Tensor, " B"]
 
     @classmethod
     def create(
@@ -79,7 +79,7 @@ class KeyValueCache:
         """The part of one layer, sharing memory."""
         return LayerCache(self.keys_LBSGK[index], self.values_LBSGK[index])
 
-    def plan_step(self, num_columns: int, num_new_B: Int[Tensor, "B"] | None = None) -> CacheMask:
+    def plan_step(self, num_columns: int, num_new_B: Int[Tensor, " B"] | None = None) -> CacheMask:
         """Positions, slots and mask for appending `num_columns` right-padded tokens to every row.
 
         Args:
@@ -105,16 +105,16 @@ class KeyValueCache:
         slot_S = torch.arange(self.capacity + 1, device=device)
         return CacheMask(positions_BT, slots_BT, slot_S <= positions_BT[..., None], real_BT)
 
-    def advance(self, num_new: int | Int[Tensor, "B"]) -> None:
+    def advance(self, num_new: int | Int[Tensor, " B"]) -> None:
         """Count the tokens just written, in place."""
         self.lengths_B += num_new
 
-    def select(self, rows_B: Int[Tensor, "rows"]) -> "KeyValueCache":
-        """A new cache with copies of the given rows, repeats allowed (drop finished rows, pair guidance rows)."""
+    def select(self, rows_B: Int[Tensor, " rows"]) -> "KeyValueCache":
+        """A new cache with copies of the given rows, in any order and number: drop, share or pair rows."""
         return KeyValueCache(self.keys_LBSGK[:, rows_B], self.values_LBSGK[:, rows_B], self.lengths_B[rows_B])
 
     def expand(self, copies: int) -> "KeyValueCache":
-        """A new cache with every row repeated `copies` times in place: row i becomes i*copies ... (i+1)*copies-1."""
+        """A new cache with every row repeated: row i becomes rows i*copies to (i+1)*copies - 1."""
         rows = torch.arange(len(self.lengths_B), device=self.lengths_B.device)
         return self.select(rows.repeat_interleave(copies))
 
@@ -128,7 +128,7 @@ def plan_capacity(config: ModelConfig, prompt_lengths: Sequence[int], max_new_to
     longest = max(prompt_lengths)
     if longest + max_new_tokens > config.max_positions:
         raise RequestError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones were asked for, but the model's context "
-            f"is {config.max_positions} tokens; shorten the prompt or ask for fewer new tokens"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones were asked for, but the model's "
+            f"context is {config.max_positions} tokens; shorten the prompt or ask for fewer new tokens"
         )
     return longest + max_new_tokens

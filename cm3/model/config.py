@@ -161,7 +161,7 @@ def parameter_count(config: ModelConfig) -> int:
     return embedding + head + positions + config.num_layers * block + norm
 
 
-def flops_per_token(config: ModelConfig, context: float) -> float:
+def flops_per_token(config: ModelConfig, context: int | float) -> float:
     """Training FLOPs (forward and backward) per token, counted as in PaLM (arXiv:2204.02311, appendix B).
 
     Six per weight that takes part in a matrix product (embedding look-ups cost none, the head counts) and
@@ -172,4 +172,4 @@ def flops_per_token(config: ModelConfig, context: float) -> float:
             computes pass the mean, about half the sequence (or half the mean document of packed rows).
     """
     matrices = config.num_layers * _block_matrix_parameters(config) + config.vocabulary_size * config.width
-    return 6 * matrices + 12 * config.num_layers * config.width * context
+    return float(6 * matrices + 12 * config.num_layers * config.width * context)

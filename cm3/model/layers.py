@@ -1,11 +1,11 @@
 """The parts of a block: norms, rotary positions, attention and feed-forward, without biases.
 
-    B batch   T tokens   D width   N query heads   G key/value heads   K head width   F feed-forward width
+B batch   T tokens   D width   N query heads   G key/value heads   K head width   F feed-forward width
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from cm3.model.attention import Backend, attend
@@ -34,19 +34,20 @@ class Norm(nn.Module):
 
 def rotary_table(
     positions_BT: Int[Tensor, "B T"], head_width: int, theta: float
-) -> tuple[Float[Tensor, "B T 1 half"], Float[Tensor, "B T 1 half"]]:
-    """Cosines and sines of RoPE (arXiv:2104.09864, equation 15), float32, made once per forward pass."""
-    half = torch.arange(0, head_width, 2, device=positions_BT.device, dtype=torch.float32)
-    frequency_half = theta ** (-half / head_width)
-    angle_BT1half = positions_BT[..., None, None].float() * frequency_half
-    return angle_BT1half.cos(), angle_BT1half.sin()
+) -> Complex[Tensor, "B T 1 half"]:
+    """Rotations of RoPE (arXiv:2104.09864, equation 13) as unit complex numbers, made once per forward pass.
+
+    Computed from the positions in float32, so that no buffer can lose precision with the model's type.
+    """
+    even_half = torch.arange(0, head_width, 2, device=positions_BT.device, dtype=torch.float32)
+    angle_BT1half = positions_BT[..., None, None].float() * theta ** (-even_half / head_width)
+    return torch.polar(torch.ones_like(angle_BT1half), angle_BT1half)
 
 
-def rotate(x_BTNK: Float[Tensor, "B T N K"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T N K"]:
-    """Rotate (first half, second half) of every head by the table's angles, in float32 (Hugging Face's order)."""
-    first, second = x_BTNK.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x_BTNK.dtype)
+def rotate(x_BTNK: Float[Tensor, "B T N K"], rotary_BT1half: Tensor) -> Float[Tensor, "B T N K"]:
+    """Rotate each adjacent pair of every head's elements (Meta's order, Chameleon's weights), in float32."""
+    pairs_BTNhalf = torch.view_as_complex(x_BTNK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_BTNhalf * rotary_BT1half).flatten(-2).to(x_BTNK.dtype)
 
 
 class Attention(nn.Module):
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         x_BTD: Float[Tensor, "B T D"],
         *,
         mask: AttentionMask,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary_BT1half: Tensor | None,
         cache: LayerCache | None,
         backend: Backend,
     ) -> Float[Tensor, "B T D"]:
@@ -74,8 +75,8 @@ class Attention(nn.Module):
         q_BTNK, k_BTGK, v_BTGK = heads_BTHK.split(self.heads, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNK, k_BTGK = self.q_norm(q_BTNK), self.k_norm(k_BTGK)
-        if rotary is not None:
-            q_BTNK, k_BTGK = rotate(q_BTNK, *rotary), rotate(k_BTGK, *rotary)
+        if rotary_BT1half is not None:
+            q_BTNK, k_BTGK = rotate(q_BTNK, rotary_BT1half), rotate(k_BTGK, rotary_BT1half)
         # Under autocast some devices return norms in float32; the products below want one type.
         q_BTNK, k_BSGK, v_BSGK = q_BTNK.to(v_BTGK.dtype), k_BTGK.to(v_BTGK.dtype), v_BTGK
         if cache is not None:
@@ -86,7 +87,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two matrices around ReLU or GELU, or SwiGLU (arXiv:2002.05202) with gate and value in one projection."""
+    """Two matrices around ReLU or GELU, or SwiGLU (arXiv:2002.05202), gate and value in one projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Next-token cross-entropy, chunked over tokens so that the logits of a batch never exist at once.
 
-    B batch   T tokens   D width   V joint vocabulary   C tokens of a chunk
+B batch   T tokens   D width   V joint vocabulary   C tokens of a chunk
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from cm3.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss to differentiate, and what to log (detached; sums over targets of positive weight, in nats)."""
+    """The loss to differentiate, and what to log: detached sums over targets of positive weight, in nats."""
 
     loss: Float[Tensor, ""]
     """Weighted mean of cross-entropy (plus z-loss) over the targets."""
@@ -44,7 +44,7 @@ def next_token_loss(
     Args:
         document_ids_BT: see `Transformer.forward`; tokens of id -1 are neither read nor predicted.
         image_range: ids [start, stop) that count as image; all others count as text.
-        weights_BT: weight of each token of `ids_BT` as a target; default 1. Targets of weight 0 are not logged.
+        weights_BT: weight of each token of `ids_BT` as a target, default 1; those of weight 0 are not logged.
         z_loss_weight: factor of (log Z)^2, Z the softmax's partition function (Chameleon section 2.3: 1e-5).
         chunk_size: tokens whose logits exist at once.
     """

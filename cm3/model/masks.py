@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _MAX_GROUP_RATIO = 1.5
 """Documents share one padded batch while the longest is at most this much longer than the shortest."""
-_SHORT_DOCUMENT = 32
-"""Below this many tokens padding costs less than another kernel call."""
+_LENGTH_MULTIPLE = 32
+"""Padded lengths are multiples of this: a tile of the matrix units; shorter documents share a batch."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def document_starts(document_ids_BT: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
 
 
 def document_positions(document_ids_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Position of every token inside its document, from 0; padding counts as one more document."""
+    """Position of every token inside its document, from 0; 0 at padding."""
     column_1T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)[None]
     start_BT = torch.where(document_starts(document_ids_BT), column_1T, 0).cummax(dim=1).values
-    return column_1T - start_BT
+    return torch.where(document_ids_BT >= 0, column_1T - start_BT, 0)
 
 
 class PackedMask:
@@ -68,6 +68,8 @@ class PackedMask:
         total = torch.full((1,), document_ids_BT.numel(), device=self.device)
         lengths = torch.diff(torch.cat([starts, total]))
         is_document = document_ids_BT.flatten()[starts] >= 0
+        if not is_document.any():  # one empty document keeps all gradients connected
+            starts, lengths, is_document = starts[:1], lengths[:1] * 0, ~is_document[:1]
         self._starts = starts[is_document]
         self._lengths = lengths[is_document]
 
@@ -78,12 +80,12 @@ class PackedMask:
         return (same_BTS & (self.document_ids_BT >= 0)[:, :, None]).tril()
 
     @cached_property
-    def token_indices(self) -> Int[Tensor, "tokens"]:
+    def token_indices(self) -> Int[Tensor, " tokens"]:
         """Places of all real tokens in the flattened batch, document after document."""
         return torch.nonzero(self.document_ids_BT.flatten() >= 0).flatten()
 
     @cached_property
-    def cumulative_lengths(self) -> Int[Tensor, "documents_plus_one"]:
+    def cumulative_lengths(self) -> Int[Tensor, " documents_plus_one"]:
         """Offsets of the documents in `token_indices`, int32, as variable-length kernels want them."""
         zero = self._lengths.new_zeros(1)
         return torch.cat([zero, self._lengths.cumsum(0)]).to(torch.int32)
@@ -91,30 +93,34 @@ class PackedMask:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest document (0 if there is none)."""
-        return int(self._lengths.max()) if len(self._lengths) else 0
+        return int(self._lengths.max())
 
     @cached_property
     def groups(self) -> "DocumentGroups":
-        """The documents gathered by similar length."""
+        """The documents, longest first, in batches of similar length."""
         lengths, order = self._lengths.sort(descending=True, stable=True)
         shapes: list[tuple[int, int]] = []
         for length in lengths.tolist():
-            longest = shapes[-1][1] if shapes else 0
-            if shapes and (length * _MAX_GROUP_RATIO >= longest or longest <= _SHORT_DOCUMENT):
-                shapes[-1] = (shapes[-1][0] + 1, longest)
-            else:
-                shapes.append((1, length))
-        padded = torch.cat(
-            [torch.full((count,), longest) for count, longest in shapes] or [torch.zeros(0, dtype=torch.int64)]
-        ).to(self.device)
-        slot_document = torch.repeat_interleave(torch.arange(len(padded), device=self.device), padded)
-        slot_start = padded.cumsum(0) - padded
-        offset = torch.arange(len(slot_document), device=self.device) - slot_start[slot_document]
-        is_real = offset < lengths[slot_document]
-        token_of_slot = torch.where(is_real, self._starts[order][slot_document] + offset, -1)
-        slot_of_token = torch.full((self.document_ids_BT.numel(),), -1, device=self.device)
-        slot_of_token[token_of_slot[is_real]] = torch.nonzero(is_real).flatten()
-        return DocumentGroups(shapes, token_of_slot, slot_of_token)
+            if not shapes or shapes[-1][1] > max(length * _MAX_GROUP_RATIO, _LENGTH_MULTIPLE):
+                shapes.append((0, _round_up(length)))
+            shapes[-1] = (shapes[-1][0] + 1, shapes[-1][1])
+        padded_lengths = [length for count, length in shapes for _ in range(count)]
+        padded = torch.tensor(padded_lengths, device=self.device)
+        document_of_slot = torch.repeat_interleave(torch.arange(len(lengths), device=self.device), padded)
+        offset = torch.arange(len(document_of_slot), device=self.device)
+        offset -= (padded.cumsum(0) - padded)[document_of_slot]
+        is_real = offset < lengths[document_of_slot]
+        token_of_slot = (self._starts[order][document_of_slot] + offset).where(is_real, 0)
+        slots = torch.nonzero(is_real).flatten()
+        slot_of_token = torch.zeros(self.document_ids_BT.numel(), dtype=torch.int64, device=self.device)
+        slot_of_token[token_of_slot[slots]] = slots
+        empty_slots = torch.nonzero(~is_real).flatten()
+        empty_tokens = torch.nonzero(self.document_ids_BT.flatten() < 0).flatten()
+        return DocumentGroups(shapes, token_of_slot, empty_slots, slot_of_token, empty_tokens)
+
+
+def _round_up(length: int) -> int:
+    return max(1, -(-length // _LENGTH_MULTIPLE)) * _LENGTH_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,18 @@ class DocumentGroups:
 
     shapes: list[tuple[int, int]]
     """(documents, padded length) of each batch; their products sum to the number of slots."""
-    token_of_slot: Int[Tensor, "slots"]
-    """Flat token in each slot, -1 at padding."""
-    slot_of_token: Int[Tensor, "tokens"]
-    """Slot of each flat token, -1 for padding of the row."""
+    token_of_slot: Int[Tensor, " slots"]
+    empty_slots: Int[Tensor, " padding_slots"]
+    slot_of_token: Int[Tensor, " tokens"]
+    empty_tokens: Int[Tensor, " padding_tokens"]
+
+    def to_slots(self, x: Float[Tensor, "tokens N K"]) -> Float[Tensor, "slots N K"]:
+        """Rows moved to their slots; zeros in empty slots."""
+        return x.index_select(0, self.token_of_slot).index_fill_(0, self.empty_slots, 0.0)
+
+    def to_tokens(self, x: Float[Tensor, "slots N K"]) -> Float[Tensor, "tokens N K"]:
+        """Rows moved back; zeros for the padding of packed rows."""
+        return x.index_select(0, self.slot_of_token).index_fill_(0, self.empty_tokens, 0.0)
 
 
 AttentionMask = CausalMask | PackedMask | CacheMask

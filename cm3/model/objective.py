@@ -1,25 +1,23 @@
 """The CM3 objective: spans of a document are replaced by sentinels and moved to its end (spec 2.1 to 2.5).
 
-    </s> a red circle <break> IMAGE </s>   ->   </s> <sentinel:0> <break> IMAGE </s> <sentinel:0> a red circle <eoss>
+    </s> a circle <break> IMAGE </s>   ->   </s> <sentinel:0> <break> IMAGE </s> <sentinel:0> a circle <eoss>
 
-Plain NumPy on token ids, after Aghajanyan et al. 2022 (arXiv 2201.07520, section 2) and the whole-segment rotation of
-CM3Leon's code. Other than there, boundaries are `<break>` and `</s>` and every other special id, no span is empty, none
-touches a boundary, and no moved span is ever cut off.
+Plain NumPy on token ids, after Aghajanyan et al. 2022 (arXiv 2201.07520, section 2) and the whole-segment
+rotation of CM3Leon's code. Other than there, boundaries are `<break>` and `</s>` and every other special id,
+no span is empty, none touches a boundary, and no moved span is ever cut off.
+
+    T ids of a document   M ids of the masked document   N spans
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from cm3.errors import ConfigError, DataError
 from cm3.tokenizers.vocabulary import Vocabulary
-
-IDS_PER_SPAN = 3
-"""What a span adds to a sequence: its sentinel twice, and `<eoss>`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +27,7 @@ class ObjectiveConfig:
     name: Literal["cm3", "causal"] = "cm3"
     """cm3: spans are masked and moved to the end; causal: plain next-token prediction."""
     span_count: Literal["poisson", "fixed", "one"] = "poisson"
-    """Number of spans of a document: Poisson with mean `span_rate`; always `span_rate`, rounded; always one."""
+    """Spans of a document: Poisson with mean `span_rate`; always `span_rate`, rounded; always one."""
     span_rate: float = 1.0
     """Mean number of spans."""
     min_spans: int = 0
@@ -37,8 +35,9 @@ class ObjectiveConfig:
     max_spans: int = 511
     """Most spans drawn; the vocabulary's sentinels are a limit too."""
     rotation_probability: float = 0.5
-    """Chance that a document's spans are whole segments (a caption, an image) instead of stretches of any length. At 0
-    a short caption is practically never masked, and guidance and captioning are not learnt (spec 2.4)."""
+    """Chance that a document's spans are whole segments (a caption, an image) instead of stretches of any
+    length. At 0 a short caption is practically never masked, and guidance and captioning are not learnt (spec
+    2.4)."""
     sentinel_loss_weight: float = 1.0
     """Weight of sentinels as targets: 1 in CM3Leon, 0 in CM3."""
     retrieved_loss_weight: float = 1.0
@@ -60,72 +59,82 @@ class ObjectiveConfig:
     @property
     def ids_per_span(self) -> int:
         """How many ids a span adds to a sequence: its sentinel twice, and `<eoss>`."""
-        return IDS_PER_SPAN
+        return 3
 
     def draw_num_spans(
-        self, vocabulary: Vocabulary, rng: np.random.Generator, size: int | None = None
-    ) -> np.ndarray:
-        """Draw how many spans to mask, for one document or `size` of them (spec 2.1.1)."""
+        self, vocabulary: Vocabulary, rng: np.random.Generator, size: int
+    ) -> Int[np.ndarray, " size"]:
+        """Draw how many spans to mask in each of `size` documents (spec 2.1.1)."""
         if self.name == "causal":
-            return np.zeros(size or (), dtype=np.int64)
+            return np.zeros(size, dtype=np.int64)
         if self.span_count == "poisson":
             counts = rng.poisson(self.span_rate, size)
         else:
-            counts = np.full(size or (), 1 if self.span_count == "one" else round(self.span_rate))
+            counts = np.full(size, 1 if self.span_count == "one" else round(self.span_rate))
         return np.clip(counts, self.min_spans, min(self.max_spans, vocabulary.num_sentinels))
 
     def mask_document(
         self,
-        ids_T: np.ndarray,
-        weights_T: np.ndarray,
+        ids_T: Int[np.ndarray, " T"],
+        weights_T: Float[np.ndarray, " T"],
         vocabulary: Vocabulary,
         rng: np.random.Generator,
         num_spans: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
         """Mask a document: `mask_spans`, with the loss weights of its ids moved along."""
         return self._moved(
             ids_T, weights_T, draw_spans(ids_T, vocabulary, self, rng, num_spans=num_spans), vocabulary
         )
 
     def mask_block(
-        self, ids_T: np.ndarray, weights_T: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        ids_T: Int[np.ndarray, " T"],
+        weights_T: Float[np.ndarray, " T"],
+        vocabulary: Vocabulary,
+        rng: np.random.Generator,
+    ) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
         """Mask a block of a token stream without making it longer (spec 2.2).
 
-        The overflow is cut from the end of the block before its spans are moved: spans that reach into the part cut off
-        are shortened or left out, so that every sentinel keeps its target.
+        The overflow is cut from the end of the block before its spans are moved: spans that reach into the
+        part cut off are shortened or left out, so that every sentinel keeps its target.
         """
         spans = draw_spans(ids_T, vocabulary, self, rng)
-        fits = spans[:, 0] < len(ids_T) - IDS_PER_SPAN * np.arange(1, len(spans) + 1)
+        fits = spans[:, 0] < len(ids_T) - self.ids_per_span * np.arange(1, len(spans) + 1)
         spans = spans[: np.flatnonzero(fits)[-1] + 1 if fits.any() else 0]
-        kept = len(ids_T) - IDS_PER_SPAN * len(spans)
+        kept = len(ids_T) - self.ids_per_span * len(spans)
         return self._moved(ids_T[:kept], weights_T[:kept], np.minimum(spans, kept), vocabulary)
 
     def _moved(
-        self, ids_T: np.ndarray, weights_T: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        ids_T: Int[np.ndarray, " T"],
+        weights_T: Float[np.ndarray, " T"],
+        spans: np.ndarray,
+        vocabulary: Vocabulary,
+    ) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
         sentinel_weights = np.full(len(spans), self.sentinel_loss_weight)
-        return move_spans(ids_T, spans, vocabulary), _joined(weights_T, spans, sentinel_weights, 1.0)
+        return move_spans(ids_T, spans, vocabulary), _joined(weights_T, spans, sentinel_weights, 1)
 
 
 def mask_spans(
-    ids_T: np.ndarray,
+    ids_T: Int[np.ndarray, " T"],
     vocabulary: Vocabulary,
     config: ObjectiveConfig,
     rng: np.random.Generator,
     *,
     max_length: int | None = None,
     num_spans: int | None = None,
-) -> np.ndarray:
+) -> Int[np.ndarray, " M"]:
     """Mask a document.
 
     Args:
         ids_T: `</s> segment <break> segment ... </s>`, or any piece of a stream of such documents.
         vocabulary: Names the boundaries and sentinels.
         config: How many spans, and which.
-        rng: Source of the spans; make it from (seed, epoch, document), so that the masks of each epoch differ.
+        rng: Source of the spans; make it from (seed, epoch, document), so that the masks of each epoch
+            differ.
         max_length: Where the result would be longer, spans are left out at random; a moved span is never cut.
-        num_spans: Spans to draw; None draws the number too. Fewer are masked where they would overlap or be empty.
+        num_spans: Spans to draw; None draws the number too. Fewer are masked where they would overlap or be
+            empty.
 
     Returns:
         The masked ids; three more for each span.
@@ -138,14 +147,14 @@ def mask_spans(
 
 
 def draw_spans(
-    ids_T: np.ndarray,
+    ids_T: Int[np.ndarray, " T"],
     vocabulary: Vocabulary,
     config: ObjectiveConfig,
     rng: np.random.Generator,
     *,
     max_length: int | None = None,
     num_spans: int | None = None,
-) -> np.ndarray:
+) -> Int[np.ndarray, "N 2"]:
     """Draw the spans to mask (spec 2.1); arguments as in `mask_spans`.
 
     Returns:
@@ -154,10 +163,10 @@ def draw_spans(
     length = len(ids_T)
     if max_length is not None and length > max_length:
         raise DataError(
-            f"a document of {length} tokens was to be masked within {max_length}; raise the length or split it"
+            f"a document of {length} ids was to be masked within {max_length}; raise that or split it"
         )
     if num_spans is None:
-        num_spans = int(config.draw_num_spans(vocabulary, rng))
+        num_spans = int(config.draw_num_spans(vocabulary, rng, 1)[0])
     boundary, unmaskable = _tables(vocabulary)
     if unmaskable[ids_T].any():
         raise DataError("a document to be masked holds sentinels or <eoss> already; pass it unmasked")
@@ -169,17 +178,19 @@ def draw_spans(
         spans = segments[rng.choice(len(segments), num_spans, replace=False)]
     else:
         spans = _draw_stretches(length, segments, num_spans, rng)
-    if max_length is not None and len(spans) > (max_length - length) // IDS_PER_SPAN:
-        spans = rng.permutation(spans)[: (max_length - length) // IDS_PER_SPAN]
+    if max_length is not None:
+        spans = rng.permutation(spans)[: (max_length - length) // config.ids_per_span]
     return spans[np.argsort(spans[:, 0])]
 
 
-def move_spans(ids_T: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Replace sorted disjoint spans by sentinels and append them, `<sentinel:i> span <eoss>` each (spec 2.2)."""
+def move_spans(
+    ids_T: Int[np.ndarray, " T"], spans: Int[np.ndarray, "N 2"], vocabulary: Vocabulary
+) -> Int[np.ndarray, " M"]:
+    """Replace sorted disjoint spans by sentinels and append them, `<sentinel:i> span <eoss>` each."""
     return _joined(ids_T, spans, vocabulary.sentinel_id(0) + np.arange(len(spans)), vocabulary.eoss_id)
 
 
-def unmask(ids_T: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+def unmask(ids_T: Int[np.ndarray, " T"], vocabulary: Vocabulary) -> Int[np.ndarray, " M"]:
     """Put every moved span back: the inverse of `mask_spans`.
 
     Raises:
@@ -199,8 +210,8 @@ def unmask(ids_T: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     )
     if not well_formed:
         raise DataError(
-            f"{len(places)} sentinels and {count} <eoss> do not form masked spans; each span needs its sentinel in "
-            "place and `<sentinel> span <eoss>` at the end, in the same order"
+            f"{len(places)} sentinels and {count} <eoss> do not form masked spans; each needs its "
+            "sentinel in place and `<sentinel> span <eoss>` at the end, in the same order"
         )
     if count == 0:
         return ids_T.copy()
@@ -213,7 +224,7 @@ def unmask(ids_T: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 def _draw_stretches(
     length: int, segments: np.ndarray, num_spans: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Stretches between two uniform points: one, or the first disjoint ones of num_spans^2 candidates (spec 2.1.3-4).
+    """Stretches between two uniform points: one, or the first disjoint ones of num_spans^2 candidates.
 
     Each is clipped to the segment that it overlaps most; what is empty then is left out.
     """
@@ -241,7 +252,7 @@ def _segments(boundary_T: np.ndarray) -> np.ndarray:
     return edges.reshape(-1, 2)
 
 
-def _joined(values_T: np.ndarray, spans: np.ndarray, sentinels: np.ndarray, end: float) -> np.ndarray:
+def _joined(values_T: np.ndarray, spans: np.ndarray, sentinels: np.ndarray, end: int) -> np.ndarray:
     """The source with a sentinel for each span, then each span between its sentinel and an end."""
     if not len(spans):
         return values_T.copy()

@@ -1,6 +1,6 @@
 """The decoder-only transformer of CM3Leon (arXiv:2309.02591, section 2.3), with Chameleon's variations.
 
-    B batch   T tokens   D width   V joint vocabulary
+B batch   T tokens   D width   V joint vocabulary
 """
 
 import torch
@@ -33,12 +33,14 @@ class Block(nn.Module):
         self,
         x_BTD: Float[Tensor, "B T D"],
         mask: AttentionMask,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary_BT1half: Tensor | None,
         cache: LayerCache | None,
         backend: Backend,
     ) -> Float[Tensor, "B T D"]:
         def attention(y_BTD: Tensor) -> Tensor:
-            out_BTD = self.attention(y_BTD, mask=mask, rotary=rotary, cache=cache, backend=backend)
+            out_BTD = self.attention(
+                y_BTD, mask=mask, rotary_BT1half=rotary_BT1half, cache=cache, backend=backend
+            )
             return F.dropout(out_BTD, self.dropout, self.training)
 
         def feed_forward(y_BTD: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Transformer(nn.Module):
     """Token ids to hidden states; `logits` turns those into scores over the joint vocabulary.
 
     Attributes:
-        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        activation_checkpointing: recompute every block in the backward pass, keep no activations in it.
         attention_backend: see `cm3.model.attention.attend`.
     """
 
@@ -69,7 +71,9 @@ class Transformer(nn.Module):
         self.position_embedding = nn.Embedding(config.max_positions, config.width) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = Norm(config)
-        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.width, config.vocabulary_size, bias=False)
+        )
         self.init_weights()
 
     @torch.no_grad()
@@ -95,16 +99,16 @@ class Transformer(nn.Module):
         positions_BT: Int[Tensor, "B T"] | None = None,
         document_ids_BT: Int[Tensor, "B T"] | None = None,
         cache: KeyValueCache | None = None,
-        num_new_B: Int[Tensor, "B"] | None = None,
+        num_new_B: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the final norm.
 
         Args:
             positions_BT: default: position inside the document, or in the cache's row.
-            document_ids_BT: packed rows; documents are runs of equal ids and do not see each other, -1 is padding.
+            document_ids_BT: packed rows; a run of equal ids is a document, seeing only itself; -1 is padding.
             cache: the ids continue its rows; it is extended by them.
-            num_new_B: with a cache, the real tokens of each right-padded row; the hidden states of the padding
-                mean nothing.
+            num_new_B: with a cache, the real tokens of each right-padded row; hidden states of padding mean
+                nothing.
 
         Raises:
             ConfigError: for documents together with a cache, or rows longer than the model's context.
@@ -115,7 +119,9 @@ class Transformer(nn.Module):
         mask: AttentionMask
         if cache is not None:
             if document_ids_BT is not None:
-                raise ConfigError("document_ids_BT and cache exclude each other; a cached row is one document")
+                raise ConfigError(
+                    "document_ids_BT and cache exclude each other; a cached row is one document"
+                )
             mask = cache.plan_step(ids_BT.shape[1], num_new_B)
             default_positions_BT = mask.positions_BT
         elif document_ids_BT is not None:
@@ -129,14 +135,14 @@ class Transformer(nn.Module):
             positions_BT = default_positions_BT
 
         x_BTD = self.embedding(ids_BT)
-        rotary = None
+        rotary_BT1half = None
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         else:
-            rotary = rotary_table(positions_BT, self.config.head_width, self.config.rope_theta)
+            rotary_BT1half = rotary_table(positions_BT, self.config.head_width, self.config.rope_theta)
         for index, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.layer(index)
-            arguments = (x_BTD, mask, rotary, layer_cache, self.attention_backend)
+            arguments = (x_BTD, mask, rotary_BT1half, layer_cache, self.attention_backend)
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x_BTD = checkpoint(block, *arguments, use_reentrant=False)
             else:
@@ -148,8 +154,8 @@ class Transformer(nn.Module):
     def _check_length(self, longest: int) -> None:
         if longest > self.config.max_positions:
             raise ConfigError(
-                f"a document of {longest} tokens was given, but model.max_positions={self.config.max_positions}; "
-                f"shorten it or raise max_positions"
+                f"a document of {longest} tokens was given, but model.max_positions="
+                f"{self.config.max_positions}; shorten it or raise max_positions"
             )
 
     @property
@@ -160,11 +166,12 @@ class Transformer(nn.Module):
     def logits(
         self, hidden_BTD: Float[Tensor, "*B D"], id_range: tuple[int, int] | None = None
     ) -> Float[Tensor, "*B V"]:
-        """Scores of the next id, over the whole vocabulary or over ids [start, stop) only (no copy of the rows)."""
+        """Scores of the next id over the vocabulary, or over ids [start, stop) only (rows are not copied)."""
         weight_VD = self.head_weight_VD if id_range is None else self.head_weight_VD[slice(*id_range)]
         return F.linear(hidden_BTD, weight_VD)
 
 
 def _truncated_normal(weight: Tensor, std: float) -> None:
-    """Normal with mean 0, cut at 3 standard deviations."""
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+    """Normal with mean 0, cut at 3 standard deviations; nothing on the meta device, which has no values."""
+    if not weight.is_meta:
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

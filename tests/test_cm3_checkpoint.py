@@ -1,0 +1,209 @@
+"""Atomic writes, JSON and strict safetensors."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cm3 import checkpoint
+from cm3.checkpoint import (
+    atomic_path,
+    load_model_weights,
+    load_strict,
+    load_tensors,
+    read_json,
+    save_model_weights,
+    save_tensors,
+    write_json,
+    write_text,
+)
+from cm3.errors import ModelFilesError
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole_and_keeps_its_suffix(tmp_path: Path):
+    target = tmp_path / "new" / "picture.png"
+    write_text(target, "old")
+    with atomic_path(target) as temporary:
+        assert temporary.suffix == ".png" and temporary.parent == target.parent
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert names_in(target.parent) == ["picture.png"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path):
+    target = tmp_path / "model"
+    for content in ("first", "second"):
+        with atomic_path(target) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            (temporary / "inner" / content).write_text(content)
+    assert names_in(target / "inner") == ["second"]
+    assert names_in(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, kind: str):
+    target = tmp_path / "target"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError, match="disk full"), atomic_path(target) as temporary:
+        if kind == "folder":
+            temporary.mkdir()
+            temporary = temporary / "part"
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+    assert target.read_text() == "old"
+    assert names_in(tmp_path) == ["target"]
+
+
+def test_writing_nothing_is_a_fault_of_the_caller(tmp_path: Path):
+    with pytest.raises(AssertionError, match="nothing was written"), atomic_path(tmp_path / "target"):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_files_have_the_permissions_of_any_new_file(tmp_path: Path):
+    (tmp_path / "plain").write_text("")
+    write_json(tmp_path / "a.json", {})
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_json_round_trip_in_utf8(tmp_path: Path):
+    value = {"caption": "ein grüner Stern ★", "sizes": [1, 2.5, None, True]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "grüner Stern ★" in (tmp_path / "a.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, r"cannot read .*a\.json.*check the path"), (b"{", "is not JSON"), (b"\xff\xff", "is not JSON")],
+)
+def test_bad_json_names_the_file(tmp_path: Path, content: bytes | None, message: str):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ModelFilesError, match=message):
+        read_json(tmp_path / "a.json")
+
+
+def test_tensors_round_trip_with_dtypes_views_and_gradients(tmp_path: Path):
+    tensors = {
+        "transposed": torch.randn(3, 4).T,
+        "half": torch.randn(5).bfloat16(),
+        "ids": torch.arange(6),
+        "parameter": nn.Parameter(torch.randn(2)),
+        "scalar": torch.tensor(1.5),
+    }
+    save_tensors(tmp_path / "a.safetensors", tensors, {"step": "3"})
+    loaded = load_tensors(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+
+
+def test_tied_tensors_are_refused_and_nothing_is_left(tmp_path: Path):
+    tied = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        save_tensors(tmp_path / "a.safetensors", {"embedding": tied, "head": tied})
+    assert names_in(tmp_path) == []
+
+
+def test_missing_and_damaged_tensor_files(tmp_path: Path):
+    with pytest.raises(ModelFilesError, match="no such file"):
+        load_tensors(tmp_path / "a.safetensors")
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(100)})
+    content = (tmp_path / "a.safetensors").read_bytes()
+    for damaged in (content[:-40], b"", b"version https://git-lfs.github.com/spec/v1"):
+        (tmp_path / "a.safetensors").write_bytes(damaged)
+        with pytest.raises(ModelFilesError, match="is damaged"):
+            load_tensors(tmp_path / "a.safetensors")
+
+
+def test_strict_loading_copies_every_value():
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    load_strict(target, source.state_dict(), "here")
+    assert torch.equal(source.weight, target.weight) and torch.equal(source.bias, target.bias)
+    assert source.weight.data_ptr() != target.weight.data_ptr()
+
+
+def test_strict_loading_lists_every_problem_and_changes_nothing():
+    module = nn.Linear(2, 3)
+    before = module.bias.clone()
+    tensors = {"weight": torch.zeros(2, 3), "scale": torch.zeros(1)}
+    with pytest.raises(ModelFilesError) as caught:
+        load_strict(module, tensors, "old.safetensors")
+    message = str(caught.value)
+    for part in (
+        "old.safetensors",
+        "Linear",
+        "missing: bias",
+        "unexpected: scale",
+        "wrongly shaped: weight (2, 3) instead of (3, 2)",
+    ):
+        assert part in message
+    assert torch.equal(module.bias, before)
+
+
+def test_a_long_list_of_problems_is_shortened():
+    with pytest.raises(ModelFilesError, match=r"unexpected: extra0, .* and 12 more"):
+        load_strict(nn.Identity(), {f"extra{i}": torch.zeros(1) for i in range(20)}, "here")
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    return {f"layer{i}.weight": torch.randn(10, 10) for i in range(5)}
+
+
+def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_weights_in_one_file_and_in_shards(tmp_path: Path, weights: dict[str, torch.Tensor]):
+    save_model_weights(tmp_path, weights)
+    assert names_in(tmp_path) == [checkpoint.WEIGHTS_FILE]
+    assert_same(load_model_weights(tmp_path), weights)
+
+    save_model_weights(tmp_path, weights, max_shard_size=900)  # bytes: two tensors of 400 fit
+    assert names_in(tmp_path) == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        checkpoint.INDEX_FILE,
+    ]
+    assert_same(load_model_weights(tmp_path), weights)
+    index = json.loads((tmp_path / checkpoint.INDEX_FILE).read_text())
+    assert index["weight_map"].keys() == weights.keys()
+    assert index["metadata"]["total_size"] == 2000
+
+    save_model_weights(tmp_path, weights)
+    assert names_in(tmp_path) == [checkpoint.WEIGHTS_FILE]
+
+
+def test_faults_of_a_weights_folder(tmp_path: Path, weights: dict[str, torch.Tensor]):
+    with pytest.raises(ModelFilesError, match="holds no weights"):
+        load_model_weights(tmp_path)
+    save_model_weights(tmp_path, weights, max_shard_size=900)
+    index_path = tmp_path / checkpoint.INDEX_FILE
+    index = read_json(index_path)
+
+    write_json(index_path, index | {"weight_map": index["weight_map"] | {"lost": "../outside.safetensors"}})
+    with pytest.raises(ModelFilesError, match="no valid weight_map"):
+        load_model_weights(tmp_path)
+
+    first = index["weight_map"]["layer0.weight"]
+    write_json(index_path, index | {"weight_map": index["weight_map"] | {"lost": first}})
+    with pytest.raises(ModelFilesError, match="differ in lost"):
+        load_model_weights(tmp_path)
+
+    write_json(index_path, index)
+    (tmp_path / first).unlink()
+    with pytest.raises(ModelFilesError, match=f"{first}: no such file"):
+        load_model_weights(tmp_path)

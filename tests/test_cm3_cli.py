@@ -1,0 +1,96 @@
+"""The `cm3` command: what it prints, writes and refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from cm3.cli import VERBS, main
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate_then_caption_then_infill(model_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    prompts = ["a large red circle", "a small green star"]
+    code, printed, _ = run(
+        capsys, "generate", *prompts, "--num-images", 2, "--seed", 4, "--top-k", 9, "--out", out, "--model", model_folder
+    )
+    assert code == 0
+    assert printed.split() == [str(out / f"{index:03d}.png") for index in range(4)]
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["top_k"] == 9 and settings["guidance_scale"] == 2.0
+    assert [(entry["prompt"], entry["seed"]) for entry in settings["images"]] == [
+        (prompt, seed) for prompt in prompts for seed in (4, 5)
+    ]
+
+    code, printed, _ = run(capsys, "caption", out / "000.png", out / "001.png", "--model", model_folder)
+    assert code == 0
+    lines = [line.split("\t") for line in printed.splitlines()]
+    assert [path for path, _ in lines] == [str(out / "000.png"), str(out / "001.png")]
+    code, printed, _ = run(capsys, "caption", out / "000.png", "--json", "--model", model_folder)
+    assert json.loads(printed) == {"path": lines[0][0], "caption": lines[0][1]}
+
+    filled = tmp_path / "filled.png"
+    words = ("infill", out / "000.png", "--box", "4,4,12,12", "--prompt", "a green star", "--out", filled)
+    code, printed, _ = run(capsys, *words, "--model", model_folder)
+    assert (code, printed.strip()) == (0, str(filled))
+    assert Image.open(filled).size == (16, 16)
+
+
+def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
+    code, printed, _ = run(capsys, "complete", "a large red", "--out", tmp_path, "--model", model_folder)
+    assert code == 0 and printed.startswith("a large red")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", ""], "prompt is empty"),
+        (["generate", "a star", "--num-images", "0"], "num_images=0"),
+        (["generate", "a star " * 200], "positions"),
+        (["caption", "missing.png"], "missing.png"),
+        (["caption", __file__], "is not a picture"),
+        (["infill", "{picture}", "--box", "0,0,99,99"], "central square"),
+        (["infill", "{picture}", "--box", "4,4,8,8", "--out", "filled.jpg"], ".png"),
+        (["train", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_2(model_folder, tmp_path, capsys, words, message):
+    Image.new("RGB", (16, 16)).save(tmp_path / "picture.png")
+    words = [word.format(picture=tmp_path / "picture.png") for word in words]
+    model = [] if words[0] == "train" else ["--model", model_folder]
+    code, _, error = run(capsys, *words, *model)
+    assert code == 2
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_an_unknown_model_is_refused(capsys):
+    code, _, error = run(capsys, "generate", "a star", "--model", "./nowhere")
+    assert code == 2 and "'./nowhere'" in error and error.count("\n") == 1
+
+
+def test_a_box_that_is_no_box_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["infill", "photo.png", "--box", "1,2,3"])
+    assert stopped.value.code == 2
+    assert "LEFT,TOP,RIGHT,BOTTOM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"example: cm3 {verb}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_needs_no_torch():
+    code = "import sys, cm3.cli\ntry: cm3.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,129 @@
+"""Prompts: every one, with what its grammar lets through, is a row as the training objective makes it."""
+
+import numpy as np
+import pytest
+
+from cm3.errors import RequestError
+from cm3.generation.grammar import Span, infill
+from cm3.generation.prompts import Prompts, box_mask
+from cm3.model.objective import move_spans
+from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument, document_to_ids
+from cm3.tokenizers.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary.build(30, 16, num_sentinels=6, multiple=8)
+GRID = (3, 4)
+PROMPTS = Prompts(VOCABULARY, GRID)
+CAPTION = [5, 6, 7, 8]
+CODES = np.arange(12).reshape(GRID)
+IDS = document_to_ids(
+    TokenizedDocument((TextTokens(np.array(CAPTION)), ImageCodes(CODES.astype(np.uint16)))), VOCABULARY
+)
+FIRST_CODE = 2 + len(CAPTION)
+BOX = np.zeros(GRID, dtype=bool)
+BOX[1:3, 1:3] = True
+
+
+def training_row(*spans):
+    return move_spans(IDS, np.array(spans).reshape(-1, 2), VOCABULARY).tolist()
+
+
+def starts(row, prompt):
+    return row[: len(prompt)] == list(prompt)
+
+
+def test_text_to_image_prompts_begin_training_rows():
+    request = PROMPTS.text_to_image(CAPTION, seeds=(3, 4))
+    assert starts(training_row(), request.prompt_ids) and len(request.prompt_ids) == FIRST_CODE
+    assert starts(training_row((1, 5)), request.unconditional_ids) and len(request.unconditional_ids) == 3
+    assert request.max_new_tokens == 12 and request.seeds == (3, 4)
+    assert PROMPTS.text_to_image(None).prompt_ids == request.unconditional_ids
+
+
+def test_caption_and_text_infill_prompts_begin_training_rows():
+    for start, stop in [(1, 5), (1, 3), (2, 4), (4, 5)]:
+        before, after = CAPTION[: start - 1], CAPTION[stop - 1 :]
+        request = PROMPTS.infill_text(before, after, CODES, max_new_tokens=9)
+        row = training_row((start, stop))
+        assert starts(row, request.prompt_ids)
+        assert row[len(request.prompt_ids) :] == [*CAPTION[start - 1 : stop - 1], VOCABULARY.eoss_id]
+    eos, sentinel = VOCABULARY.eos_id, VOCABULARY.sentinel_id(0)
+    assert PROMPTS.infill_text([5], [6], max_new_tokens=9).prompt_ids == (eos, 5, sentinel, 6, eos, sentinel)
+
+
+@pytest.mark.parametrize("spans", ["runs", "single"])
+def test_region_prompts_begin_training_rows_and_force_what_stays(spans):
+    request = PROMPTS.infill_image(CODES, BOX, CAPTION, spans=spans)
+    runs = [(5, 7), (9, 11)] if spans == "runs" else [(5, 11)]
+    row = training_row(*[(FIRST_CODE + start, FIRST_CODE + stop) for start, stop in runs])
+    assert starts(row, request.prompt_ids)
+    target = row[len(request.prompt_ids) :]
+    assert len(target) == request.max_new_tokens
+    if spans == "single":
+        kept = VOCABULARY.codes_to_ids([7, 8]).tolist()
+        assert request.forced_ids == (-1, -1, *kept, -1, -1)
+    moved = [Span(VOCABULARY.sentinel_id(i), stop - start) for i, (start, stop) in enumerate(runs)]
+    assert request.grammar == infill(moved, VOCABULARY.eoss_id)
+    assert np.array_equal(PROMPTS.filled(CODES, BOX, request, np.array(target)), CODES)
+    other = np.where(VOCABULARY.is_image(np.array(target)), VOCABULARY.codes_to_ids(15), target)
+    changed = PROMPTS.filled(CODES, BOX, request, other)
+    assert (changed[BOX] == 15).all() and (changed[~BOX] == CODES[~BOX]).all()
+
+
+def test_the_guidance_row_of_a_region_masks_the_caption_under_another_sentinel():
+    request = PROMPTS.infill_image(CODES, BOX, CAPTION, spans="runs")
+    shared = request.prompt_ids[1 + len(CAPTION) :]
+    assert request.unconditional_ids == (VOCABULARY.eos_id, VOCABULARY.sentinel_id(2), *shared)
+    assert PROMPTS.infill_image(CODES, BOX, None, spans="runs").prompt_ids == request.unconditional_ids
+
+
+def test_whole_rows_of_a_box_are_one_run():
+    mask = np.zeros(GRID, dtype=bool)
+    mask[:2] = True
+    request = PROMPTS.infill_image(CODES, mask, CAPTION, spans="runs")
+    assert request.max_new_tokens == 8 + 1 and set(request.forced_ids) == {-1}
+
+
+def test_completion_prompts_are_open_documents():
+    segments = [TextTokens(np.array([5])), ImageCodes(CODES.astype(np.uint16)), TextTokens(np.array([6, 7]))]
+    for count in range(1, 4):
+        request = PROMPTS.complete(segments[:count], max_new_tokens=20)
+        document = TokenizedDocument(tuple(segments[:count]))
+        assert list(request.prompt_ids) == document_to_ids(document, VOCABULARY)[:-1].tolist()
+    assert PROMPTS.complete([], max_new_tokens=20).prompt_ids == (VOCABULARY.eos_id,)
+
+
+def test_reading_results():
+    assert np.array_equal(PROMPTS.image_codes(VOCABULARY.codes_to_ids(CODES.ravel())), CODES)
+    assert PROMPTS.text_tokens(np.array([9, 8, VOCABULARY.eoss_id])) == [9, 8]
+
+
+@pytest.mark.parametrize(
+    ("box", "codes"),
+    [
+        ((0, 0, 64, 48), [(0, 0), (2, 3)]),
+        ((16, 16, 32, 32), [(1, 1), (1, 1)]),
+        ((15, 16, 33, 32), [(1, 0), (1, 2)]),
+        ((63, 47, 64, 48), [(2, 3), (2, 3)]),
+    ],
+)
+def test_a_box_masks_every_code_that_it_touches(box, codes):
+    (top, left), (bottom, right) = codes
+    expected = np.zeros(GRID, dtype=bool)
+    expected[top : bottom + 1, left : right + 1] = True
+    assert np.array_equal(box_mask(box, (48, 64), GRID), expected)
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 4, 4), (0, 0, 65, 4), (8, 8, 8, 9), (0, 9, 4, 8), (0, 0, 4, 49)])
+def test_a_box_outside_the_picture_is_refused(box):
+    with pytest.raises(RequestError, match="does not lie in the 64x48 picture; give"):
+        box_mask(box, (48, 64), GRID)
+
+
+def test_unusable_masks_and_images_are_refused():
+    with pytest.raises(RequestError, match="mask at least one"):
+        PROMPTS.infill_image(CODES, np.zeros(GRID, dtype=bool), CAPTION)
+    stripes = np.indices(GRID)[1] % 2 == 0
+    with pytest.raises(RequestError, match="6 sentinels; choose spans='single'"):
+        PROMPTS.infill_image(CODES, stripes, CAPTION, spans="runs")
+    with pytest.raises(RequestError, match="an image has 4x3 codes, this model's images have 3x4"):
+        PROMPTS.infill_text([], [], CODES.T, max_new_tokens=4)

@@ -1,0 +1,158 @@
+"""A real training run of seconds: it learns, is interrupted, resumes exactly, and leaves a model folder."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from tiny_run import TOKENIZER_HASH, VOCABULARY, losses, prepare, tiny_run
+
+from cm3.checkpoint import load_tensors
+from cm3.errors import ConfigError, ModelFilesError
+from cm3.model.config import ModelConfig
+from cm3.model.pretrained import TOKENIZER_FILES, load_model
+from cm3.model.transformer import Transformer
+from cm3.training import engine, train
+from cm3.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
+from cm3.training.state import latest_checkpoint
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with prepared data and a finished run; the process group and its environment end with the module."""
+    environment = dict(os.environ)
+    root = tmp_path_factory.mktemp("training")
+    train.run(tiny_run(prepare(root / "data"), root / "whole"))
+    yield root
+    torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def run_from(folder, name, **changes):
+    config = tiny_run(folder / "data", folder / name, **changes)
+    return train.run(config)
+
+
+def test_the_loss_falls(folder):
+    by_step = losses(folder / "whole")
+    assert list(by_step) == list(range(1, 13))
+    assert by_step[12] < by_step[1] - 0.5
+    assert losses(folder / "whole", "validation").keys() == {6, 12}
+
+
+def test_both_modalities_are_logged(folder):
+    text, image = (losses(folder / "whole", "validation", f"{kind}_perplexity")[12] for kind in ("text", "image"))
+    assert 1 < text < VOCABULARY.size and 1 < image < VOCABULARY.size
+
+
+def test_a_stopped_run_resumes_exactly(folder, monkeypatch):
+    def stop_at_five(step, *arguments):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate_at(step, *arguments)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "learning_rate_at", stop_at_five)
+    assert run_from(folder, "stopped", checkpoint_interval=0) is None
+    stopped_at = max(losses(folder / "stopped"))
+    assert stopped_at in (5, 6)
+    assert latest_checkpoint(folder / "stopped" / "checkpoints").name == f"step_{stopped_at:08d}"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (folder / "stopped" / "model").exists()
+
+    monkeypatch.undo()
+    run_from(folder, "stopped", checkpoint_interval=0)
+    assert losses(folder / "stopped") == losses(folder / "whole")
+    ours, whole = (load_tensors(folder / name / "model" / "model.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_old_checkpoints_are_removed_and_unfinished_ones_ignored(folder):
+    checkpoints = folder / "whole" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000008", "step_00000012"]
+    (checkpoints / "step_00000099").mkdir()
+    assert latest_checkpoint(checkpoints).name == "step_00000012"
+    (checkpoints / "step_00000099").rmdir()
+
+
+def test_the_model_folder_is_complete(folder):
+    model_folder = folder / "whole" / "model"
+    names = {"config.json", "model.safetensors", "generation_config.json", "README.md", *TOKENIZER_FILES}
+    assert {path.name for path in model_folder.iterdir()} == names
+    assert json.loads((model_folder / "generation_config.json").read_text())["guidance_scale"] == 2.0
+    model, config = load_model(model_folder, tokenizer_hash=TOKENIZER_HASH)
+    assert config == tiny_run(folder / "data", folder / "whole").model
+    assert next(model.parameters()).dtype == torch.bfloat16 and not model.training
+    average = load_tensors(folder / "whole" / "checkpoints" / "step_00000012" / "average.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, average[f"model.{name}"].bfloat16())
+    card = (model_folder / "README.md").read_text(encoding="utf-8")
+    assert "| Validation loss |" in card and "stage: model" in card and "| Steps | 12 of 4 rows" in card
+
+
+def test_other_tokenizers_are_refused(folder):
+    with pytest.raises(ModelFilesError, match="was trained with the tokenizers 0123456789ab, found ffff"):
+        load_model(folder / "whole" / "model", tokenizer_hash="f" * 64)
+
+
+def test_another_model_is_not_resumed(folder):
+    model = dataclasses.replace(tiny_run(folder, folder).model, num_layers=3)
+    with pytest.raises(ModelFilesError, match=r"another model: missing .*blocks\.2"):
+        run_from(folder, "whole", model=model)
+
+
+def test_accumulation_equals_one_large_batch(folder):
+    plain = {"precision": "fp32", "ema_decay": 0.0, "steps": 4, "checkpoint_interval": 0, "evaluation_interval": 0}
+    model = dataclasses.replace(tiny_run(folder, folder).model, dropout=0.0)
+    run_from(folder, "one", model=model, micro_batch_rows=4, **plain)
+    run_from(folder, "four", model=model, micro_batch_rows=1, **plain)
+    for key in ("loss", "gradient_norm"):
+        one, four = (losses(folder / name, key=key) for name in ("one", "four"))
+        assert one == pytest.approx(four, rel=1e-4)
+
+
+def test_wrong_vocabulary_and_uneven_batches_are_named(folder):
+    model = dataclasses.replace(tiny_run(folder, folder).model, vocabulary_size=7)
+    with pytest.raises(ConfigError, match=f"set model.vocabulary_size={VOCABULARY.size}"):
+        run_from(folder, "wrong", model=model)
+    with pytest.raises(ConfigError, match="batch_rows=4 is no multiple of micro_batch_rows=3"):
+        run_from(folder, "wrong", micro_batch_rows=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_stage": 0}, "DeepSpeed trains bf16 wrongly at stage 0"),
+        ({"ema_decay": 0.9, "zero_stage": 3}, "ema_decay needs whole weights"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"steps": 0}, "steps=0; choose 1 or more"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_run(tmp_path, tmp_path, **changes)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.1)
+    rates = [learning_rate_at(step, 110, config) for step in (1, 5, 10, 60, 110)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
+    assert learning_rate_at(1, 10, OptimizerConfig(warmup_steps=0)) < OptimizerConfig().learning_rate
+
+
+def test_gains_and_biases_do_not_decay():
+    config = ModelConfig(vocabulary_size=8, width=8, num_layers=1, num_heads=2, norm="rmsnorm", qk_norm=True)
+    decayed, free = make_optimizer(Transformer(config), OptimizerConfig()).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.ndim == 2 for p in decayed["params"])
+    assert free["weight_decay"] == 0.0 and all(p.ndim == 1 for p in free["params"]) and free["params"]
+
+
+def test_without_deepspeed_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(engine.sys.modules, "deepspeed", None)
+    with pytest.raises(engine.MissingDependencyError, match="training needs deepspeed"):
+        engine.start_distributed()
