@@ -52,13 +52,18 @@ def _add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> None:
             metavar="S",
             help="weight of classifier-free guidance; 1 turns it off",
         )
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token every time")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="0 takes the likeliest token every time"
+    )
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0 is off")
     group.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the smallest set of probability P; 1 is off"
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same result, alone or in any batch (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="the same seed gives the same result, alone or in any batch (default: 0)",
     )
 
 
@@ -75,8 +80,12 @@ def _load(args: argparse.Namespace) -> Any:
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", help="what to draw; several prompts are drawn in one batch")
-    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
-    parser.add_argument("--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go")
+    parser.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go"
+    )
     _add_sampling(parser, guidance=True)
     _add_model(parser)
 
@@ -108,7 +117,11 @@ def _caption(args: argparse.Namespace) -> None:
 def _infill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="picture file")
     parser.add_argument(
-        "--box", type=_box, required=True, metavar="L,T,R,B", help="the part to draw anew, in pixels of the picture"
+        "--box",
+        type=_box,
+        required=True,
+        metavar="L,T,R,B",
+        help="the part to draw anew, in pixels of the picture",
     )
     parser.add_argument("--prompt", default="", help="what the finished picture shows (default: left open)")
     parser.add_argument("--out", default="filled.png", metavar="FILE", help="(default: filled.png)")
@@ -178,7 +191,9 @@ VERBS: dict[str, Verb] = {
         _generate,
         'cm3 generate "a large red circle left of a small blue square" --num-images 4 --seed 0 --out out/',
     ),
-    "caption": Verb("words from pictures", _caption_arguments, _caption, "cm3 caption out/000.png out/001.png"),
+    "caption": Verb(
+        "words from pictures", _caption_arguments, _caption, "cm3 caption out/000.png out/001.png"
+    ),
     "infill": Verb(
         "draw a part of a picture anew",
         _infill_arguments,
@@ -226,7 +241,10 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     for name, verb in VERBS.items():
         sub = verbs.add_parser(
-            name, help=verb.summary, description=verb.summary.capitalize() + ".", epilog=f"example: {verb.example}"
+            name,
+            help=verb.summary,
+            description=verb.summary.capitalize() + ".",
+            epilog=f"example: {verb.example}",
         )
         verb.add_arguments(sub)
     return parser

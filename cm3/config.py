@@ -66,12 +66,11 @@ def load_config(config_class: type[Config], path: str | Path | None, overrides: 
         name = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and name not in set(_names(config_class)):
             raise ConfigError(f"unknown option --{name}{_nearest(name, config_class)}")
-    parser = config_parser(config_class)
+    merging, checking = config_parser(config_class), config_parser(config_class)
+    merging.set_defaults(values)  # the values of defaults are taken on trust, hence the second parser
     try:
-        namespace = parser.parse_object(values)
-        if overrides:
-            namespace = parser.parse_args(list(overrides), namespace=namespace)
-        return config_class(**parser.instantiate_classes(namespace).as_dict())
+        checked = checking.parse_object(merging.parse_args(list(overrides)).as_dict())
+        return config_class(**checking.instantiate(checked).as_dict())
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
@@ -121,23 +120,32 @@ def _names(config_class: type, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown_keys(config_class: type, values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys that are no fields.
+
+    Raises:
+        ConfigError: a group of settings has a plain value.
+    """
     hints = typing.get_type_hints(config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in known:
             yield f"{prefix}{key}"
-        elif isinstance(value, dict) and (nested := _nested_class(hints[key])):
-            yield from _unknown_keys(nested, value, f"{prefix}{key}.")
+        elif nested := _nested_class(hints[key]):
+            if isinstance(value, dict):
+                yield from _unknown_keys(nested, value, f"{prefix}{key}.")
+            elif value is not None or nested is hints[key]:
+                raise ConfigError(f"{prefix}{key} is a group of settings, found {value!r}; write its keys below it")
 
 
 def _nearest(name: str, config_class: type) -> str:
     """Return `; did you mean ...?` with the dotted field name nearest to a wrong one."""
     names = list(_names(config_class))
-    last = name.rpartition(".")[2]
-    by_last = {candidate.rpartition(".")[2]: candidate for candidate in names}
+    last_parts = [candidate.rpartition(".")[2] for candidate in names]
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    match = match or [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    return f"; did you mean {match[0]!r}?" if match else f"; the keys are {', '.join(n for n in names if '.' not in n)}"
+    close = difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1, cutoff=0.6)
+    if match or close:
+        return f"; did you mean {(match or [names[last_parts.index(close[0])]])[0]!r}?"
+    return f"; the keys are {', '.join(candidate for candidate in names if '.' not in candidate)}"
 
 
 def _one_line(error: Exception) -> str:

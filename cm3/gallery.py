@@ -20,7 +20,9 @@ def save_image(path: str | Path, image: Image.Image) -> Path:
     """Write a PNG aside and rename it into place; raises RequestError for another suffix."""
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise RequestError(f"pictures are written as PNG, but {path} does not end in .png; choose {path.stem}.png")
+        raise RequestError(
+            f"pictures are written as PNG, but {path} does not end in .png; choose {path.stem}.png"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
@@ -28,7 +30,10 @@ def save_image(path: str | Path, image: Image.Image) -> Path:
 
 
 def save_gallery(
-    folder: str | Path, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], settings: dict[str, Any]
+    folder: str | Path,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    settings: dict[str, Any],
 ) -> list[Path]:
     """Write 000.png, 001.png, ... in the order of the prompts, and settings.json that says how they were made.
 
@@ -61,7 +66,9 @@ def contact_sheet(
     wrapped = [[textwrap.wrap(caption, characters) for caption in captions] for _, _, captions in rows]
     headings = [textwrap.wrap(heading, width // 7) for heading, _, _ in rows]
     heights = [
-        _LINE_HEIGHT * (len(heading) + max((len(lines) for lines in captions), default=0)) + cell + 2 * _MARGIN
+        _LINE_HEIGHT * (len(heading) + max((len(lines) for lines in captions), default=0))
+        + cell
+        + 2 * _MARGIN
         for heading, captions in zip(headings, wrapped, strict=True)
     ]
     sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), "white")

@@ -86,10 +86,15 @@ class CM3:
         values = read_json(folder / GENERATION_FILE)
         unknown = set(values) - {field.name for field in fields(SamplingSettings)}
         if unknown:
-            raise ModelFilesError(f"{folder / GENERATION_FILE} has unknown settings {', '.join(sorted(unknown))}")
+            raise ModelFilesError(
+                f"{folder / GENERATION_FILE} has unknown settings {', '.join(sorted(unknown))}"
+            )
         card = folder / CARD_FILE
         return cls(
-            transformer, tokenizer, SamplingSettings(**values), card.read_text("utf-8") if card.is_file() else ""
+            transformer,
+            tokenizer,
+            SamplingSettings(**values),
+            card.read_text("utf-8") if card.is_file() else "",
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -123,7 +128,9 @@ class CM3:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with open-cm3"))
+            return str(
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with open-cm3")
+            )
 
     @property
     def device(self) -> torch.device:
@@ -180,9 +187,11 @@ class CM3:
             raise RequestError(f"num_images={num_images}; ask for at least 1")
         for text in prompts:
             if not text.strip():
-                raise RequestError("the prompt is empty; say what to draw, such as \"a small green star\"")
+                raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
         seeds = tuple(range(seed, seed + num_images))
-        requests = [self._prompts.text_to_image(self.tokenizer.text.encode(text), seeds=seeds) for text in prompts]
+        requests = [
+            self._prompts.text_to_image(self.tokenizer.text.encode(text), seeds=seeds) for text in prompts
+        ]
         outputs = self._engine.run(requests, self._settings(sampling))
         codes = np.stack([self._prompts.image_codes(ids).ravel() for samples in outputs for ids in samples])
         pictures = self.tokenizer.image.decode(codes)
@@ -224,7 +233,13 @@ class CM3:
         return captions if several else captions[0]
 
     def infill(
-        self, image: Picture, *, box: tuple[int, int, int, int], prompt: str = "", seed: int = 0, **sampling: Any
+        self,
+        image: Picture,
+        *,
+        box: tuple[int, int, int, int],
+        prompt: str = "",
+        seed: int = 0,
+        **sampling: Any,
     ) -> PILImage.Image:
         """Draw the inside of a box anew; every pixel outside of it stays as it is.
 

@@ -33,7 +33,7 @@ def resolve_model(name: str | Path, *, revision: str | None = None, token: str |
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     asked = f"model {str(name)!r} is no folder here"
     if Path(name).is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
@@ -42,4 +42,6 @@ def resolve_model(name: str | Path, *, revision: str | None = None, token: str |
         return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=_HUB_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RequestError(f"{asked} and could not be had from the Hub ({reason}); check the name, or use `demo`") from None
+        raise RequestError(
+            f"{asked} and could not be had from the Hub ({reason}); check the name, or use `demo`"
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image as PILImage
@@ -34,7 +34,10 @@ class PairSet:
 
     def open(self) -> list[Document]:
         """All usable rows as documents of a text and a picture."""
-        return list(open_source(self.source))
+        source = self.source
+        if self.group_by is not None and self.group_by not in source.metadata_columns:
+            source = replace(source, metadata_columns=(*source.metadata_columns, self.group_by))
+        return list(open_source(source))
 
     def groups(self, documents: Iterable[Document]) -> Iterator[tuple[str, list[int]]]:
         """Names of the groups and the indices of their documents."""
@@ -47,7 +50,10 @@ class PairSet:
 
     def record(self, documents: Iterable[Document]) -> dict[str, object]:
         """The part of a protocol record that says which rows were used."""
-        return {"source": to_dict(self.source), "captions": fingerprint(caption_of(document) for document in documents)}
+        return {
+            "source": to_dict(self.source),
+            "captions": fingerprint(caption_of(document) for document in documents),
+        }
 
 
 def caption_of(document: Document) -> str:
@@ -96,7 +102,11 @@ class Captioning:
             same = sum(written[i] == wanted[i] for i in members)
             metrics[f"caption equal, {group}"] = proportion(same, len(members))
             metrics[f"word F1, {group}"] = mean([word_f1(written[i], wanted[i]) for i in members])
-        protocol = {**self.pairs.record(documents), "decoding": "greedy", "words": "split at blanks, case kept"}
+        protocol = {
+            **self.pairs.record(documents),
+            "decoding": "greedy",
+            "words": "split at blanks, case kept",
+        }
         return TaskResult("captioning", metrics, protocol, time.monotonic() - start)
 
 

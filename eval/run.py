@@ -56,10 +56,14 @@ def evaluate(config_path: str, overrides: Sequence[str] = ()) -> str:
     """
     config = load_config(EvalRun, config_path, overrides)
     tasks = [
-        task for field in fields(config) if field.name not in ("model", "output") and (task := getattr(config, field.name))
+        task
+        for field in fields(config)
+        if field.name not in ("model", "output") and (task := getattr(config, field.name))
     ]
     if not tasks:
-        raise ConfigError(f"{config_path} names no task; add one of the keys of EvalRun, such as scene_generation: {{}}")
+        raise ConfigError(
+            f"{config_path} names no task; add one of the keys of EvalRun, such as scene_generation: {{}}"
+        )
     model = CM3.from_pretrained(config.model)
     results = []
     for task in tasks:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from cm3.data.scene_world import SIDE, SIZES, SceneObject
-from cm3.data.scenes import SceneDataset
+from cm3.data.scene_world import COLORS, SHAPES, SIDE, SIZES, SceneObject
+from cm3.data.scenes import NOVEL_PAIRS, SceneDataset
 from cm3.eval.images import psnr
 from cm3.eval.report import Estimate, TaskResult, mean, proportion, ratio
 from cm3.eval.scenes import CaptionScore, SceneScore, caption_score, matches, read_scene
@@ -110,7 +110,9 @@ class SceneGeneration:
                 f"{name}, guidance {scale:g}": _share([pick(score) for score in scores])
                 for name, pick in _PICTURE_MEASURES.items()
             }
-            metrics[f"seconds a picture in batches of {self.batch_size}, guidance {scale:g}"] = mean([seconds])
+            metrics[f"seconds a picture in batches of {self.batch_size}, guidance {scale:g}"] = mean(
+                [seconds]
+            )
         protocol = {**self.scenes.record(), **sampling, "samples per prompt": 1, "re-ranking": "none"}
         return TaskResult("scene generation", metrics, protocol, time.monotonic() - start)
 
@@ -177,32 +179,23 @@ class SceneInfilling:
             "prompt's object in the box": _share(list(inside)),
             "outside unchanged": _share(list(outside)),
         }
-        protocol = {**self.scenes.record(), "guidance_scale": self.guidance_scale, "prompt": "the new object only"}
+        protocol = {
+            **self.scenes.record(),
+            "guidance_scale": self.guidance_scale,
+            "prompt": "the new object only",
+        }
         return TaskResult("scene infilling", metrics, protocol, time.monotonic() - start)
 
 
 def _choose_replacement(
     objects: tuple[SceneObject, ...], rng: np.random.Generator
 ) -> tuple[SceneObject, SceneObject]:
-    """An object of the scene, and another of its size and place with a colour and shape that the scene lacks."""
+    """An object of the scene, and one of its size and place whose colour and shape the scene lacks and training has."""
     target = objects[rng.integers(len(objects))]
-    taken = {(item.color, item.shape) for item in objects}
-    kinds = [(item.color, item.shape) for item in _vocabulary_of_objects() if (item.color, item.shape) not in taken]
+    taken = {(item.color, item.shape) for item in objects} | NOVEL_PAIRS
+    kinds = [(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in taken]
     color, shape = kinds[rng.integers(len(kinds))]
-    return target, SceneObject(shape, color, target.size, target.x, target.y)
-
-
-def _vocabulary_of_objects() -> list[SceneObject]:
-    """One object for every colour and shape of the training world."""
-    from cm3.data.scenes import NOVEL_PAIRS
-    from cm3.data.scene_world import COLORS, SHAPES
-
-    return [
-        SceneObject(shape, color, "large", 0, 0)
-        for color in COLORS
-        for shape in SHAPES
-        if (color, shape) not in NOVEL_PAIRS
-    ]
+    return target, replace(target, color=color, shape=shape)
 
 
 def _box_around(item: SceneObject) -> tuple[int, int, int, int]:

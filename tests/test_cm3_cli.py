@@ -20,7 +20,19 @@ def test_generate_then_caption_then_infill(model_folder, tmp_path, capsys):
     out = tmp_path / "out"
     prompts = ["a large red circle", "a small green star"]
     code, printed, _ = run(
-        capsys, "generate", *prompts, "--num-images", 2, "--seed", 4, "--top-k", 9, "--out", out, "--model", model_folder
+        capsys,
+        "generate",
+        *prompts,
+        "--num-images",
+        2,
+        "--seed",
+        4,
+        "--top-k",
+        9,
+        "--out",
+        out,
+        "--model",
+        model_folder,
     )
     assert code == 0
     assert printed.split() == [str(out / f"{index:03d}.png") for index in range(4)]

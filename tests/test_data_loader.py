@@ -42,9 +42,7 @@ def documents(tmp_path_factory) -> ShardedDocuments:
 
 
 def loader(documents, objective=CM3, **settings) -> PackedLoader:
-    return PackedLoader(
-        documents, VOCABULARY, objective, **{"sequence_length": LENGTH, "rows": 2, **settings}
-    )
+    return PackedLoader(documents, VOCABULARY, objective, **{"sequence_length": LENGTH, "rows": 2, **settings})
 
 
 def take(batches, count):

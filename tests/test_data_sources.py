@@ -126,6 +126,28 @@ def test_text_only_and_image_only(make, tmp_path):
     assert [document.segments[0].pixels.getpixel((0, 0))[0] for document in images] == [0, 1, 2]
 
 
+def test_metadata_columns_of_a_table_and_of_json_lines(tmp_path):
+    for make in (make_parquet, make_hub):
+        (folder := tmp_path / make.__name__).mkdir()
+        source = open_source(SourceConfig(**make(folder), metadata_columns=("other", "text")))
+        for index, document in enumerate(source):
+            expected = {"row": document.metadata["row"], "other": f"other {index}", "text": CAPTIONS[index]}
+            assert document.metadata == expected
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a", "kind": null}\n{"text": "b"}\n', encoding="utf-8")
+    settings = {"image_column": None, "metadata_columns": ("kind",), "max_bad_fraction": 0.5}
+    source = open_source(SourceConfig(kind="jsonl", path=str(rows), **settings))
+    assert [document.metadata["kind"] for document in source] == [None]
+    assert "no column 'kind'" in source.report.bad_rows[0]
+
+
+def test_metadata_columns_of_folders_and_tars(tmp_path):
+    for make in (make_folder, make_folder_with_csv, make_webdataset):
+        (folder := tmp_path / make.__name__).mkdir()
+        source = open_source(SourceConfig(**make(folder), image_column="image", metadata_columns=("text",)))
+        assert [document.metadata["text"] for document in source] == CAPTIONS
+
+
 def test_scenes_are_the_examples_of_their_split():
     source = open_source(SourceConfig(kind="scenes", split="validation", seed=3, limit=2))
     document = source[1]
@@ -197,7 +219,7 @@ def test_too_many_bad_rows_stop_the_reading(tmp_path):
         ({"kind": "jsonl", "path": "nowhere"}, "nowhere is not a file"),
         ({"kind": "folder", "path": "nowhere"}, "nowhere is not a folder"),
         ({"kind": "webdataset", "path": "nowhere"}, "nowhere holds no tar files"),
-        ({"kind": "hub", "path": "./nowhere"}, "data set './nowhere' .* did not open"),
+        ({"kind": "hub", "path": "./nowhere"}, "./nowhere/train did not open"),
     ],
 )
 def test_a_path_that_does_not_exist_is_named(settings, message):
@@ -209,6 +231,9 @@ def test_a_missing_column_an_empty_folder_and_a_compressed_tar(tmp_path):
     made = make_parquet(tmp_path)
     with pytest.raises(DataError, match="no column 'label'; choose among image, text, other"):
         open_source(SourceConfig(**made, text_columns=("label",)))
+    (tmp_path / "validation.parquet").write_bytes(b"broken")
+    with pytest.raises(DataError, match="validation did not open"):
+        open_source(SourceConfig(**made, split="validation"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no rows"):
         open_source(SourceConfig(kind="folder", path=str(tmp_path / "empty")))
@@ -225,6 +250,7 @@ def test_a_missing_column_an_empty_folder_and_a_compressed_tar(tmp_path):
         ({"kind": "jsonl"}, "needs a path"),
         ({"kind": "jsonl", "path": "x", "text_columns": (), "image_column": None}, "at least one column"),
         ({"kind": "jsonl", "path": "x", "limit": 0}, "limit=0"),
+        ({"kind": "jsonl", "path": "x", "metadata_columns": ("row",)}, "may not name 'row'"),
         ({"kind": "jsonl", "path": "x", "max_bad_fraction": 2.0}, "max_bad_fraction=2.0"),
     ],
 )

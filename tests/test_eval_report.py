@@ -23,7 +23,9 @@ def test_wilson_interval_stays_inside_zero_and_one(successes, low, high):
 
 
 def test_nothing_counted_is_not_a_number():
-    assert math.isnan(proportion(0, 0).value) and math.isnan(mean([]).value) and math.isnan(ratio([], []).value)
+    assert (
+        math.isnan(proportion(0, 0).value) and math.isnan(mean([]).value) and math.isnan(ratio([], []).value)
+    )
 
 
 def test_mean_and_its_normal_interval():
@@ -44,7 +46,9 @@ def test_word_f1_counts_repeats():
 
 
 def test_report_holds_numbers_and_protocol(tmp_path):
-    result = TaskResult("task", {"share": proportion(1, 2), "none": Estimate(math.nan, math.nan, math.nan, 0)}, {"seed": 3})
+    result = TaskResult(
+        "task", {"share": proportion(1, 2), "none": Estimate(math.nan, math.nan, math.nan, 0)}, {"seed": 3}
+    )
     write_report(tmp_path, [result], {"model_hash": "abc"})
     values = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert values["model_hash"] == "abc" and values["results"][0]["protocol"] == {"seed": 3}

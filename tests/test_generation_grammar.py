@@ -95,9 +95,7 @@ def test_rows_of_every_kind_share_a_batch_and_parse(seed, budget):
 def test_interleaved_documents_reach_both_kinds_of_segment():
     rows = [grammar.interleaved(CODES, After.BREAK)] * 20
     streams = walk(rows, [60] * 20, np.random.default_rng(0))
-    kinds = {
-        type(part) for ids in streams for part in document_from_ids([EOS, *ids], VOCABULARY, GRID).segments
-    }
+    kinds = {type(part) for ids in streams for part in document_from_ids([EOS, *ids], VOCABULARY, GRID).segments}
     assert kinds == {TextTokens, ImageCodes}
     assert all(len(ids) <= 60 for ids in streams)
 

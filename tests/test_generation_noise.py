@@ -69,9 +69,7 @@ def test_uniform_and_unrelated_along_every_axis(axis):
     if axis == "id":
         stream = uniform(fixed[:1], fixed[:1], TOKEN_NOISE, n)[0]
     elif axis == "purpose":
-        stream = torch.cat(
-            [uniform(fixed[:32], counter[:32], purpose, 32).flatten() for purpose in range(32)]
-        )
+        stream = torch.cat([uniform(fixed[:32], counter[:32], purpose, 32).flatten() for purpose in range(32)])
     else:
         seeds, positions = (counter, fixed) if axis == "seed" else (fixed, counter)
         stream = uniform(seeds, positions, TOKEN_NOISE, 1)[:, 0]

@@ -24,7 +24,7 @@ BOX[1:3, 1:3] = True
 
 
 def training_row(*spans):
-    return move_spans(IDS, np.array(spans).reshape(-1, 2), VOCABULARY).tolist()
+    return move_spans(IDS, np.array(spans, dtype=np.int64).reshape(-1, 2), VOCABULARY).tolist()
 
 
 def starts(row, prompt):

@@ -110,9 +110,7 @@ def test_positions_restart_at_each_document():
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("num_new", [None, [3, 0, 4]])
 def test_cache_mask_sdpa_equals_math(num_new, num_kv_heads):
-    config = ModelConfig(
-        vocabulary_size=8, width=64, num_layers=1, num_heads=4, num_key_value_heads=num_kv_heads
-    )
+    config = ModelConfig(vocabulary_size=8, width=64, num_layers=1, num_heads=4, num_key_value_heads=num_kv_heads)
     cache = KeyValueCache.create(config, 3, 12)
     cache.advance(torch.tensor([0, 5, 8]))
     mask = cache.plan_step(4, None if num_new is None else torch.tensor(num_new))
@@ -157,7 +155,9 @@ def test_flash_backend_calls_flash_attn_as_documented(monkeypatch):
     module.flash_attn_func = flash_attn_func
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
+    has_flash_attention.cache_clear()
     assert has_flash_attention()
+    has_flash_attention.cache_clear()
     qkv = random_qkv(4, 50, 4, 2)
     for mask in (CausalMask(), PackedMask(DOCUMENTS_BT), PackedMask(torch.full((4, 50), -1))):
         for actual, expected in zip(run("flash", qkv, mask), run("math", qkv, mask), strict=True):

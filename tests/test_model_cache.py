@@ -50,9 +50,7 @@ def test_chunks_of_several_tokens_with_resting_rows(config):
         assert hidden.isfinite().all()
         for row, count in enumerate(num_new):
             start = int(before[row])
-            torch.testing.assert_close(
-                hidden[row, :count], full[row, start : start + count], rtol=1e-4, atol=1e-4
-            )
+            torch.testing.assert_close(hidden[row, :count], full[row, start : start + count], rtol=1e-4, atol=1e-4)
     assert cache.lengths_B.tolist() == [14, 8, 10]
 
 

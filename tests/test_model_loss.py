@@ -121,6 +121,18 @@ def test_evaluation_keeps_no_gradient():
     assert not output.loss.requires_grad
 
 
+def test_evaluation_makes_no_gradient_of_the_head(monkeypatch):
+    made = []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, **k: made.append(a) or zeros_like(*a, **k))
+    model, ids = build(CONFIG), random_ids()
+    with torch.no_grad():
+        next_token_loss(model, ids, image_range=IMAGE_RANGE)
+    assert not made
+    next_token_loss(model, ids, image_range=IMAGE_RANGE)
+    assert len(made) == 1
+
+
 def test_a_frozen_head_still_passes_gradients_on():
     model = build(CHAMELEON)
     model.head.weight.requires_grad_(False)

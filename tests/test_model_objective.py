@@ -101,19 +101,17 @@ def test_weights_move_with_their_tokens_and_sentinels_have_their_own():
     assert weights.dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    ("num_pairs", "moved", "whole_image"), [(1, 0.25, 0.0), (3, 0.16, 0.15), (4, 0.14, 0.26)]
-)
+@pytest.mark.parametrize(("num_pairs", "moved", "whole_image"), [(1, 0.25, 0.0), (3, 0.16, 0.15), (4, 0.14, 0.26)])
 def test_statistics_of_the_first_table(num_pairs, moved, whole_image):
-    """Section 2.4, first table; 3,000 documents: standard errors at most 0.009, 0.018, 0.004 and 0.008."""
+    """Section 2.4, first table; 2,000 documents: standard errors 0.011, 0.022, 0.005 and 0.010."""
     config = ObjectiveConfig(rotation_probability=0.0)
-    rng, ids_T, rows = np.random.default_rng(0), pairs(num_pairs), 3000
+    rng, ids_T, rows = np.random.default_rng(0), pairs(num_pairs), 2000
     drawn = [draw_spans(ids_T, VOCABULARY, config, rng) for _ in range(rows)]
     sizes = [spans[:, 1] - spans[:, 0] for spans in drawn]
-    assert np.mean([len(spans) == 0 for spans in drawn]) == pytest.approx(0.37, abs=0.025)
-    assert np.mean([len(spans) for spans in drawn]) == pytest.approx(0.86, abs=0.05)
-    assert np.mean([size.sum() / len(ids_T) for size in sizes]) == pytest.approx(moved, abs=0.012)
-    assert np.mean([(size == 1024).any() for size in sizes]) == pytest.approx(whole_image, abs=0.025)
+    assert np.mean([len(spans) == 0 for spans in drawn]) == pytest.approx(0.37, abs=0.03)
+    assert np.mean([len(spans) for spans in drawn]) == pytest.approx(0.86, abs=0.06)
+    assert np.mean([size.sum() / len(ids_T) for size in sizes]) == pytest.approx(moved, abs=0.015)
+    assert np.mean([(size == 1024).any() for size in sizes]) == pytest.approx(whole_image, abs=0.03)
     whole_text = [((size == 9) & (ids_T[spans[:, 0]] == TEXT)).any() for size, spans in zip(sizes, drawn)]
     assert np.mean(whole_text) < 0.003  # without rotation a caption is as good as never masked
 
@@ -122,14 +120,13 @@ def test_statistics_of_the_first_table(num_pairs, moved, whole_image):
 def test_statistics_of_whole_captions_in_a_stream(rotation, first, others):
     """Section 2.4, second table, `</s>` a boundary: how often a whole caption in a block is masked by itself.
 
-    3 retrieved pairs and the query; blocks of 4,097 ids cut anywhere; 2,000 blocks, standard error about
-    0.006.
+    3 retrieved pairs and the query; 1,000 blocks of 4,097 ids cut anywhere: standard errors 0.01 and 0.005.
     """
     config = ObjectiveConfig(rotation_probability=rotation)
     rng, stream = np.random.default_rng(0), np.tile(pairs(4), 3)
     seen = {True: 0, False: 0}
     masked = {True: 0, False: 0}
-    for begin in rng.integers(0, len(pairs(4)), 2000):
+    for begin in rng.integers(0, len(pairs(4)), 1000):
         block = stream[begin : begin + 4097]
         edges = np.flatnonzero(is_boundary(block))
         captions = edges[:-1][(np.diff(edges) == 10)] + 1
@@ -138,17 +135,17 @@ def test_statistics_of_whole_captions_in_a_stream(rotation, first, others):
             is_first = bool(block[start - 1] == EOS)
             seen[is_first] += 1
             masked[is_first] += start in starts
-    assert masked[True] / seen[True] == pytest.approx(first, abs=0.018)
-    assert masked[False] / seen[False] == pytest.approx(others, abs=0.012)
+    assert masked[True] / seen[True] == pytest.approx(first, abs=0.03)
+    assert masked[False] / seen[False] == pytest.approx(others, abs=0.016)
 
 
 def test_the_prefix_that_guidance_needs_occurs_at_the_expected_rate():
     """One pair, rotation 0.5: the caption is masked whole with P(one span) * 0.5 * 0.5 = 0.092."""
     config = ObjectiveConfig(rotation_probability=0.5)
     rng, ids_T = np.random.default_rng(0), pairs(1, codes=64)
-    masked = [mask_spans(ids_T, VOCABULARY, config, rng) for _ in range(3000)]
+    masked = [mask_spans(ids_T, VOCABULARY, config, rng) for _ in range(1500)]
     prefix = [ids[:3].tolist() == [EOS, S0, BREAK] for ids in masked]
-    assert np.mean(prefix) == pytest.approx(np.exp(-1) / 4, abs=0.02)
+    assert np.mean(prefix) == pytest.approx(np.exp(-1) / 4, abs=0.025)
 
 
 def test_causal_leaves_documents_as_they_are():
@@ -158,9 +155,9 @@ def test_causal_leaves_documents_as_they_are():
 
 
 def test_the_leading_eos_is_never_masked():
-    config = ObjectiveConfig(span_count="fixed", span_rate=5)
+    config = ObjectiveConfig(span_count="fixed", span_rate=5.0)
     rng = np.random.default_rng(0)
-    assert all(mask_spans(pairs(1, codes=4), VOCABULARY, config, rng)[0] == EOS for _ in range(200))
+    assert all(mask_spans(pairs(1, codes=4), VOCABULARY, config, rng)[0] == EOS for _ in range(50))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +174,7 @@ def test_span_counts(fixed, count):
 
 
 def test_the_sentinels_of_the_vocabulary_limit_the_spans():
-    config = ObjectiveConfig(span_count="fixed", span_rate=100)
+    config = ObjectiveConfig(span_count="fixed", span_rate=100.0)
     assert config.draw_num_spans(VOCABULARY, np.random.default_rng(0), 1).tolist() == [8]
 
 

@@ -56,9 +56,7 @@ def test_initialisation_is_the_papers():
         # A normal cut at 3 standard deviations has 0.9866 of its deviation left.
         assert weight.std().item() == pytest.approx(0.9866 * std, rel=0.05)
     hidden = model(random_ids())
-    without_blocks = model.final_norm(
-        model.embedding(random_ids()) + model.position_embedding(torch.arange(40))
-    )
+    without_blocks = model.final_norm(model.embedding(random_ids()) + model.position_embedding(torch.arange(40)))
     torch.testing.assert_close(hidden, without_blocks)
 
 
@@ -124,9 +122,7 @@ def test_rotation_is_ropes():
             angle = torch.tensor(position * 10_000.0 ** (-2 * pair / 8))
             x, y = q[0, token, :, 2 * pair], q[0, token, :, 2 * pair + 1]
             expected = torch.stack([x * angle.cos() - y * angle.sin(), y * angle.cos() + x * angle.sin()], -1)
-            torch.testing.assert_close(
-                rotated[0, token, :, 2 * pair : 2 * pair + 2], expected, rtol=1e-4, atol=1e-4
-            )
+            torch.testing.assert_close(rotated[0, token, :, 2 * pair : 2 * pair + 2], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_swin_order_normalises_what_a_block_adds():
@@ -159,9 +155,7 @@ def test_activation_checkpointing_changes_nothing(config, dropout):
         torch.manual_seed(3)
         loss = model(random_ids(), document_ids_BT=DOCUMENTS_BT).square().mean()
         loss.backward()
-        results.append(
-            [loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
-        )
+        results.append([loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(plain, recomputed)
 

@@ -103,6 +103,16 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     assert not (tmp_path / "part" / "tokenizer" / "checkpoint.safetensors").exists()
 
 
+def test_frozen_codes_stay_while_the_decoder_learns(tmp_path):
+    config = tiny_run(tmp_path, steps=6, validation=None)
+    before = ImageTokenizer.load(image_tokenizer.run(config))
+    more = replace(config, steps=12, freeze_codes_from_step=6)
+    after = ImageTokenizer.load(image_tokenizer.run(more))
+    old, new = before.model.state_dict(), after.model.state_dict()
+    changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder"}
+
+
 def test_checkpoint_of_another_network_is_refused(tmp_path):
     config = tiny_run(tmp_path, steps=4, validation=None)
     image_tokenizer.run(config)
@@ -164,11 +174,7 @@ def test_dead_codes_are_revived():
     assert learner.interval_revived == 0
     learner.update(latents_NE, codes_BP)
     report = learner.report()
-    assert (
-        report["revived_codes"] == 7
-        and report["used_codes"] == 1
-        and report["perplexity"] == pytest.approx(1)
-    )
+    assert report["revived_codes"] == 7 and report["used_codes"] == 1 and report["perplexity"] == pytest.approx(1)
     revived_QE = quantizer.codebook_QE[1:]
     assert (torch.cdist(revived_QE, latents_NE).min(1).values < 1e-4).all()
     assert learner.report()["revived_codes"] == 0
@@ -280,6 +286,7 @@ def test_batches_depend_on_seed_and_step_only():
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"quantize_from_step": 12}, "not before the end"),
         ({"revive_after_steps": -1}, "revive_after_steps=-1"),
+        ({"freeze_codes_from_step": 3}, "must come after"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, change, message):

@@ -45,9 +45,7 @@ def tokenizers(tmp_path_factory) -> str:
 
 def config(tokenizers: str, output: Path, **settings) -> PrepareConfig:
     settings = {"data": SCENES, "num_sentinels": 8, "rows_per_shard": 4, "batch_size": 3, **settings}
-    return PrepareConfig(
-        text_tokenizer=tokenizers, image_tokenizer=tokenizers, output=str(output), **settings
-    )
+    return PrepareConfig(text_tokenizer=tokenizers, image_tokenizer=tokenizers, output=str(output), **settings)
 
 
 def test_prepared_documents_are_the_source_tokenised(tokenizers, tmp_path):
@@ -74,7 +72,7 @@ def test_prepared_documents_are_the_source_tokenised(tokenizers, tmp_path):
 
 def test_a_prepared_folder_feeds_the_loader(tokenizers, tmp_path):
     documents = ShardedDocuments(run(config(tokenizers, tmp_path)))
-    loader = PackedLoader(documents, documents.vocabulary, ObjectiveConfig(), sequence_length=96, rows=2)
+    loader = PackedLoader(documents, documents.vocabulary, ObjectiveConfig(), sequence_length=256, rows=2)
     batch = next(iter(loader))
     assert batch["ids_BT"].max() < documents.vocabulary.size
     assert loader.num_too_long == 0
@@ -132,9 +130,7 @@ def test_wrong_settings_are_refused(tokenizers, tmp_path):
         config(tokenizers, tmp_path, rows_per_shard=0)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("configs/*/prepare_*.yaml")), ids=lambda path: path.parent.name
-)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/prepare_*.yaml")), ids=lambda path: path.parent.name)
 def test_every_prepare_config_loads(path):
     loaded = load_config(PrepareConfig, path, ["--data.max_bad_fraction", "0.5"])
     assert loaded.data.split in path.stem

@@ -55,24 +55,18 @@ def load_image(source: str | Path | bytes | Image.Image, max_pixels: int = MAX_P
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} has far more than {max_pixels:,} pixels; make it smaller") from error
     except Image.UnidentifiedImageError as error:
-        raise DataError(
-            f"{name} is in no picture format that Pillow knows; give a PNG or JPEG file"
-        ) from error
+        raise DataError(f"{name} is in no picture format that Pillow knows; give a PNG or JPEG file") from error
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise DataError(f"cannot read {name}: {reason}; check the path and the file") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise DataError(
-            f"{name} is damaged ({type(error).__name__}: {error}); make the file again"
-        ) from error
+        raise DataError(f"{name} is damaged ({type(error).__name__}: {error}); make the file again") from error
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise DataError(
-            f"{name} has {width}x{height} pixels, more than the {max_pixels:,} allowed; make it smaller"
-        )
+        raise DataError(f"{name} has {width}x{height} pixels, more than the {max_pixels:,} allowed; make it smaller")
     if width * height == 0:
         raise DataError(f"{name} is empty ({width}x{height} pixels)")
 
@@ -178,9 +172,7 @@ class ImageTokenizer:
         self.model.to(device)
         return self
 
-    def encode(
-        self, images: Sequence[Image.Image] | UInt8[np.ndarray, "B H W 3"]
-    ) -> UInt16[np.ndarray, "B P"]:
+    def encode(self, images: Sequence[Image.Image] | UInt8[np.ndarray, "B H W 3"]) -> UInt16[np.ndarray, "B P"]:
         """Codes in raster order; PIL pictures of any size and mode are cropped to a square and resized.
 
         Raises:
@@ -204,19 +196,14 @@ class ImageTokenizer:
             raise DataError(f"a picture has {self.codes_per_image} codes, {codes_BP.shape[1]} were given")
         if codes_BP.size and not 0 <= int(codes_BP.min()) <= int(codes_BP.max()) < self.num_codes:
             raise DataError(
-                f"codes {codes_BP.min()} to {codes_BP.max()} were given; "
-                f"the codebook has 0 to {self.num_codes - 1}"
+                f"codes {codes_BP.min()} to {codes_BP.max()} were given; the codebook has 0 to {self.num_codes - 1}"
             )
         images: list[Image.Image] = []
         for start in range(0, len(codes_BP), self.batch_size):
-            part_BP = torch.from_numpy(codes_BP[start : start + self.batch_size].astype(np.int64)).to(
-                self.device
-            )
+            part_BP = torch.from_numpy(codes_BP[start : start + self.batch_size].astype(np.int64)).to(self.device)
             with torch.inference_mode(), self._autocast():
                 image_BCHW = self.model.decode(part_BP, self.grid)
-            images += [
-                Image.fromarray(pixels_HWC) for pixels_HWC in model_to_pixels(image_BCHW).cpu().numpy()
-            ]
+            images += [Image.fromarray(pixels_HWC) for pixels_HWC in model_to_pixels(image_BCHW).cpu().numpy()]
         return images
 
     def _pixels(self, images: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
@@ -224,17 +211,14 @@ class ImageTokenizer:
         if isinstance(images, np.ndarray):
             if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
                 raise DataError(
-                    f"pictures must be uint8 of shape (B, {size}, {size}, 3), "
-                    f"found {images.dtype} of {images.shape}"
+                    f"pictures must be uint8 of shape (B, {size}, {size}, 3), found {images.dtype} of {images.shape}"
                 )
             return np.ascontiguousarray(images)
         return np.stack([np.asarray(to_square(load_image(image), size)) for image in images])
 
     def _autocast(self) -> torch.autocast:
         enabled = self.compute_dtype != torch.float32
-        return torch.autocast(
-            self.device.type, self.compute_dtype if enabled else torch.bfloat16, enabled=enabled
-        )
+        return torch.autocast(self.device.type, self.compute_dtype if enabled else torch.bfloat16, enabled=enabled)
 
     @cached_property
     def hash(self) -> str:
@@ -249,8 +233,7 @@ class ImageTokenizer:
         """Write `image_tokenizer.safetensors` and `image_tokenizer.json` into a folder."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         tensors = {
-            name: tensor if name == _CODEBOOK else tensor.to(dtype)
-            for name, tensor in self.model.state_dict().items()
+            name: tensor if name == _CODEBOOK else tensor.to(dtype) for name, tensor in self.model.state_dict().items()
         }
         save_tensors(Path(folder) / IMAGE_TOKENIZER_WEIGHTS, tensors)
         settings = {

@@ -126,7 +126,7 @@ class Engine:
     def set_step(self, step: int) -> None:
         """Tell Adam how many updates its moments have seen; its bias correction depends on it."""
         for state in self._adam().state.values():
-            state["step"] = torch.tensor(float(step))
+            state["step"].fill_(step)
 
     def _adam(self) -> torch.optim.Optimizer:
         """Return torch's optimiser inside DeepSpeed's."""
@@ -140,7 +140,7 @@ class Engine:
         for partition in partitions:
             if not adam.state[partition]:
                 moments = {kind: torch.zeros_like(partition) for kind in STATE_KINDS[1:]}
-                adam.state[partition] = {"step": torch.tensor(0.0), **moments}
+                adam.state[partition] = {"step": torch.zeros((), device=partition.device), **moments}
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
             self._optimizer._lazy_init_hp_params_optimizer_state()
 

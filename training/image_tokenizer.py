@@ -76,9 +76,7 @@ def run(config: ImageTokenizerRun) -> Path | None:
 
     if state.step < config.steps:
         report.close()
-        print(
-            f"stopped at step {state.step} of {config.steps}; the same command goes on from there", flush=True
-        )
+        print(f"stopped at step {state.step} of {config.steps}; the same command goes on from there", flush=True)
         return None
     tokenizer = ImageTokenizer(state.model, config.export_precision)
     report.evaluation(state)
@@ -97,6 +95,8 @@ def train_step(
         The parts of the loss and the norm of the gradient, detached and still on the device.
     """
     quantize = state.step >= config.quantize_from_step
+    frozen = config.freeze_codes_from_step is not None and state.step >= config.freeze_codes_from_step
+    state.model.encoder.requires_grad_(not frozen)
     start_step = config.adversarial.start_step
     adversarial = state.discriminator if start_step is not None and state.step >= start_step else None
     with state.autocast():
@@ -110,22 +110,18 @@ def train_step(
             loss = loss + config.perceptual_weight * values["perceptual"]
         if adversarial:
             values["adversarial"] = generator_loss(adversarial(fake_BCHW))
-            values["adaptive_weight"] = adaptive_weight(
-                loss, values["adversarial"], state.model.last_layer_weight
-            )
+            values["adaptive_weight"] = adaptive_weight(loss, values["adversarial"], state.model.last_layer_weight)
             loss = loss + config.adversarial.weight * values["adaptive_weight"] * values["adversarial"]
         values["commitment"] = out.commitment_loss
         loss = loss + config.commitment_weight * out.commitment_loss
 
     learning_rate = learning_rate_at(state.step, config)
     values["gradient_norm"] = state.update_model(loss, learning_rate, config.gradient_clip)
-    if quantize:
+    if quantize and not frozen:
         state.codebook.update(out.latents_NE, out.codes_BP)
     if adversarial:
         with state.autocast():
-            values["discriminator"] = discriminator_loss(
-                adversarial(image_BCHW), adversarial(fake_BCHW.detach())
-            )
+            values["discriminator"] = discriminator_loss(adversarial(image_BCHW), adversarial(fake_BCHW.detach()))
         state.update_discriminator(values["discriminator"])
     values["loss"] = loss
     detached = {name: value.detach() for name, value in values.items()}
@@ -155,9 +151,7 @@ def _load_perceptual(config: ImageTokenizerRun, device: torch.device) -> LPIPS |
 def _initialize_codebook(state: ImageTokenizerState, data: PixelSource, config: ImageTokenizerRun) -> None:
     """k-means over the latents of random pictures."""
     height, width = config.vqgan.grid
-    num_batches = -(
-        -INITIALIZATION_VECTORS_PER_CODE * config.vqgan.num_codes // (config.batch_size * height * width)
-    )
+    num_batches = -(-INITIALIZATION_VECTORS_PER_CODE * config.vqgan.num_codes // (config.batch_size * height * width))
     latents = []
     for batch in range(num_batches):
         image_BCHW = _training_batch(config.steps + batch, data, config, state.device)

@@ -43,6 +43,8 @@ class ImageTokenizerRun:
     """The discriminator; off by default."""
     quantize_from_step: int = 250
     """Until this step the network learns without the quantiser; then k-means sets the codebook."""
+    freeze_codes_from_step: int | None = None
+    """From this step on only the decoder learns, so that the codes of a picture no longer change; null is never."""
     codebook_decay: float = 0.99
     """Decay of the moving averages of the codebook."""
     revive_after_steps: int = 100
@@ -77,7 +79,10 @@ class ImageTokenizerRun:
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 0 or more")
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate={self.learning_rate}; choose a value above 0")
-        if self.quantize_from_step >= self.steps:
+        if self.freeze_codes_from_step is not None and self.freeze_codes_from_step <= self.quantize_from_step:
             raise ConfigError(
-                f"quantize_from_step={self.quantize_from_step} is not before the end, steps={self.steps}"
+                f"freeze_codes_from_step={self.freeze_codes_from_step} must come after "
+                f"quantize_from_step={self.quantize_from_step}, when there are codes"
             )
+        if self.quantize_from_step >= self.steps:
+            raise ConfigError(f"quantize_from_step={self.quantize_from_step} is not before the end, steps={self.steps}")

@@ -42,10 +42,7 @@ class ImageTokenizerReport:
         if self._validation_BHWC is None:
             return
         fake_BHWC, values = evaluate(state, self._validation_BHWC, self._config)
-        rows = [
-            np.concatenate(pixels_BHWC[:GRID_PICTURES], 1)
-            for pixels_BHWC in (self._validation_BHWC, fake_BHWC)
-        ]
+        rows = [np.concatenate(pixels_BHWC[:GRID_PICTURES], 1) for pixels_BHWC in (self._validation_BHWC, fake_BHWC)]
         with atomic_path(self._output / "samples" / f"step_{state.step:07d}.png") as path:
             Image.fromarray(np.concatenate(rows)).save(path)
         print(

@@ -26,15 +26,11 @@ class ImageTokenizerState:
         self.codebook = CodebookLearner(
             self.model.quantizer, config.codebook_decay, config.revive_after_steps, config.seed
         )
-        self._optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.learning_rate, betas=config.betas
-        )
+        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, betas=config.betas)
         self.discriminator: PatchDiscriminator | None = None
         self._discriminator_optimizer: torch.optim.Adam | None = None
         if config.adversarial.start_step is not None:
-            discriminator = PatchDiscriminator(
-                config.adversarial.base_channels, config.adversarial.num_layers
-            )
+            discriminator = PatchDiscriminator(config.adversarial.base_channels, config.adversarial.num_layers)
             self.discriminator = discriminator.to(device, memory_format=torch.channels_last)
             self._discriminator_optimizer = torch.optim.Adam(
                 discriminator.parameters(), lr=config.adversarial.learning_rate, betas=(0.5, 0.9)
@@ -90,9 +86,7 @@ class ImageTokenizerState:
             _load_optimizer(self._optimizer, _part("optimizer", tensors))
             self.step = int(tensors["step"])
         except (KeyError, RuntimeError) as error:
-            raise ModelFilesError(
-                f"{path} does not fit this run ({error}); use another output folder"
-            ) from error
+            raise ModelFilesError(f"{path} does not fit this run ({error}); use another output folder") from error
         if self.discriminator and self._discriminator_optimizer:
             load_strict(self.discriminator, _part("discriminator", tensors), str(path))
             _load_optimizer(self._discriminator_optimizer, _part("discriminator_optimizer", tensors))

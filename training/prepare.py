@@ -190,9 +190,7 @@ class Preparer:
     def _settings(self, rows: range) -> str:
         """A hash of all that decides the content of a shard."""
         data = {
-            key: value
-            for key, value in asdict(self.config.data).items()
-            if key not in ("limit", "max_bad_fraction")
+            key: value for key, value in asdict(self.config.data).items() if key not in ("limit", "max_bad_fraction")
         }
         content: dict[str, Any] = {
             "data": data,

@@ -52,7 +52,8 @@ def run(config: ModelRun) -> Path | None:
     module = LossModule(Transformer(config.model), train_data.vocabulary, config)
     module.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
-        module.model.compile()
+        for block in module.model.blocks:
+            block.compile(dynamic=False)
     engine = Engine(
         module,
         make_optimizer(module, config.optimizer),

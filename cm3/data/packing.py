@@ -125,9 +125,7 @@ class StreamPlan:
         length, total = self._sequence_length, int(starts[-1])
         num_rows = -(-total // length) if self._keep_rest else total // length
         numbers = range(window * WINDOW_ROWS, min((window + 1) * WINDOW_ROWS, num_rows))
-        return [
-            Row(n, stream_pieces(order, starts, n * length, min((n + 1) * length, total))) for n in numbers
-        ]
+        return [Row(n, stream_pieces(order, starts, n * length, min((n + 1) * length, total))) for n in numbers]
 
     def _joined(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order, and where in the stream each of its documents starts (and the last one

@@ -39,25 +39,21 @@ class Scenes:
 class Table:
     """Rows of a table opened by `datasets`; images stay encoded until they are used."""
 
-    def __init__(self, table: Any, path: str, columns: list[str]) -> None:
+    def __init__(self, table: Any, name: str, columns: list[str]) -> None:
         from datasets import Image
 
         missing = [column for column in columns if column not in table.column_names]
         if missing:
-            raise DataError(
-                f"{path} has no column {missing[0]!r}; choose among {', '.join(table.column_names)}"
-            )
+            raise DataError(f"{name} has no column {missing[0]!r}; choose among {', '.join(table.column_names)}")
         table = table.select_columns(list(dict.fromkeys(columns)))
         for column, feature in table.features.items():
             if isinstance(feature, Image):
                 table = table.cast_column(column, Image(decode=False))
-        self._table, self._path = table, path
+        self._table, self._name = table, name
 
     @classmethod
     def from_parquet(cls, path: str, split: str, columns: list[str]) -> Table:
         """A Parquet file, a glob, or a folder: its `<split>*.parquet` (also under data/), else all it has."""
-        from datasets import load_dataset
-
         if Path(path).is_dir():
             folders = (Path(path), Path(path, "data"))
             files = [file for folder in folders for file in sorted(folder.glob(f"{split}*.parquet"))]
@@ -65,31 +61,21 @@ class Table:
         else:
             files = _files(path)
         if not files:
-            raise DataError(
-                f"{path} holds no Parquet files; give a .parquet file, a glob or a folder of them"
-            )
-        return cls(
-            load_dataset("parquet", data_files=[str(file) for file in files], split="train"), path, columns
-        )
+            raise DataError(f"{path} holds no Parquet files; give a .parquet file, a glob or a folder of them")
+        name = f"{path}/{split}" if Path(path).is_dir() else path
+        return cls(_load(name, "parquet", data_files=[str(file) for file in files], split="train"), name, columns)
 
     @classmethod
     def from_hub(cls, path: str, subset: str | None, split: str, columns: list[str]) -> Table:
         """A data set of the Hugging Face Hub, or a local folder in its layout."""
-        from datasets import load_dataset
-
-        try:
-            table = load_dataset(path, subset, split=split)
-        except (ValueError, OSError) as error:
-            raise DataError(
-                f"data set {path!r} (subset {subset!r}, split {split!r}) did not open: {error}"
-            ) from error
-        return cls(table, path, columns)
+        name = "/".join(filter(None, (path, subset, split)))
+        return cls(_load(name, path, subset, split=split), name, columns)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def name(self, index: int) -> str:
-        return f"{self._path}:{index}"
+        return f"{self._name}:{index}"
 
     def row(self, index: int) -> Mapping[str, Any]:
         row: Mapping[str, Any] = self._table[index]
@@ -104,9 +90,7 @@ class JSONLines:
             raise DataError(f"{path} is not a file; give a .jsonl file with one object a line")
         self._path, self._image_column = Path(path), image_column
         self._lines = [
-            (number, line)
-            for number, line in enumerate(self._path.read_bytes().splitlines(), start=1)
-            if line.strip()
+            (number, line) for number, line in enumerate(self._path.read_bytes().splitlines(), start=1) if line.strip()
         ]
 
     def __len__(self) -> int:
@@ -208,6 +192,17 @@ class WebDataset:
         return row
 
 
+def _load(name: str, *args: Any, **options: Any) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(*args, **options)
+    except (DatasetsError, ValueError, OSError) as error:
+        cause = error.__cause__ or error  # `datasets` hides what was wrong with a file one level down
+        raise DataError(f"{name} did not open: {cause}; check path, subset and split") from error
+
+
 def _files(pattern: str) -> list[Path]:
     """An existing file, or what a glob pattern finds."""
     path = Path(pattern)
@@ -242,9 +237,7 @@ def _tar_members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                     place = (member.offset_data, member.size)
                     rows.setdefault(f"{folder}/{stem}" if folder else stem, {})[f".{suffix.lower()}"] = place
     except tarfile.TarError as error:
-        raise DataError(
-            f"{path} is not a readable, uncompressed tar ({error}); unpack or rewrite it"
-        ) from error
+        raise DataError(f"{path} is not a readable, uncompressed tar ({error}); unpack or rewrite it") from error
     return rows
 
 

@@ -63,8 +63,7 @@ def write_shard(path: str | Path, documents: Sequence[TokenizedDocument], metada
         texts = [part.tokens for part in document.segments if isinstance(part, TextTokens)]
         codes = [part.codes_HW.ravel() for part in document.segments if isinstance(part, ImageCodes)]
         shapes = [
-            part.codes_HW.shape if isinstance(part, ImageCodes) else (0, len(part.tokens))
-            for part in document.segments
+            part.codes_HW.shape if isinstance(part, ImageCodes) else (0, len(part.tokens)) for part in document.segments
         ]
         tokens = sum(map(len, texts)) + sum(map(len, codes))
         columns["text"].append(np.concatenate(texts) if texts else np.empty(0, dtype=np.int32))
@@ -171,9 +170,7 @@ class _Shard:
         self.lengths = _numpy(table.column("length"))
         self.retrieved = _numpy(table.column("retrieved"))
         self._row = table.column("row")
-        self._text, self._codes, self._segments = (
-            _Lists(table.column(name)) for name in ("text", "codes", "segments")
-        )
+        self._text, self._codes, self._segments = (_Lists(table.column(name)) for name in ("text", "codes", "segments"))
 
     def document(self, row: int) -> TokenizedDocument:
         text, codes = self._text[row], self._codes[row]

@@ -39,6 +39,8 @@ class SourceConfig:
     either."""
     image_column: str | None = "image"
     """Column holding the image (bytes, a path, or the {bytes, path} of `datasets`); None: text only."""
+    metadata_columns: tuple[str, ...] = ()
+    """Columns copied into `Document.metadata` under their own names."""
     limit: int | None = None
     """Use the first rows only; None is all. Scenes are endless and need it."""
     seed: int = 0
@@ -52,17 +54,13 @@ class SourceConfig:
         if self.kind != "scenes" and not self.path:
             raise ConfigError(f"kind={self.kind} needs a path; set it in the config or with --data.path")
         if not self.text_columns and self.image_column is None:
-            raise ConfigError(
-                "text_columns is empty and image_column is null; name at least one column to read"
-            )
+            raise ConfigError("text_columns is empty and image_column is null; name at least one column to read")
+        if "row" in self.metadata_columns:
+            raise ConfigError("metadata_columns may not name 'row', which holds the name of the row; rename it")
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(
-                f"limit={self.limit} leaves no rows; give a positive number, or null for all rows"
-            )
+            raise ConfigError(f"limit={self.limit} leaves no rows; give a positive number, or null for all rows")
         if not 0.0 <= self.max_bad_fraction <= 1.0:
-            raise ConfigError(
-                f"max_bad_fraction={self.max_bad_fraction} is not a share; give a number from 0 to 1"
-            )
+            raise ConfigError(f"max_bad_fraction={self.max_bad_fraction} is not a share; give a number from 0 to 1")
 
 
 class Reader(Protocol):
@@ -137,17 +135,14 @@ class Source:
             segments: list[Text | Image] = []
             if self.config.text_columns:
                 texts = self._texts(row)
-                drawn = (
-                    0
-                    if len(texts) == 1
-                    else np.random.default_rng((self.config.seed, index)).integers(len(texts))
-                )
+                drawn = 0 if len(texts) == 1 else np.random.default_rng((self.config.seed, index)).integers(len(texts))
                 segments.append(Text(texts[drawn]))
             if self.config.image_column is not None:
                 segments.append(Image(_image(row, self.config.image_column)))
+            metadata = {column: _value(row, column) for column in self.config.metadata_columns}
         except (CM3Error, OSError) as error:
             raise DataError(f"{name}: {error}") from error
-        return Document(tuple(segments), {"row": name})
+        return Document(tuple(segments), {"row": name, **metadata})
 
     def __iter__(self) -> Iterator[Document]:
         return self.rows(0, len(self))
@@ -184,9 +179,7 @@ class Source:
         values = [_value(row, column) for column in columns]
         texts = [value for value in values if isinstance(value, str) and value.strip()]
         if not texts:
-            raise DataError(
-                f"no text in {' or '.join(columns)} (found {', '.join(repr(v)[:40] for v in values)})"
-            )
+            raise DataError(f"no text in {' or '.join(columns)} (found {', '.join(repr(v)[:40] for v in values)})")
         return texts
 
 
@@ -226,4 +219,5 @@ _READERS: dict[str, Callable[[SourceConfig], Reader]] = {
 
 
 def _columns(config: SourceConfig) -> list[str]:
-    return [*config.text_columns, *([config.image_column] if config.image_column is not None else [])]
+    image_columns = [config.image_column] if config.image_column is not None else []
+    return [*config.text_columns, *image_columns, *config.metadata_columns]

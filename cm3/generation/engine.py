@@ -72,16 +72,14 @@ class Engine:
         self, model: Transformer, vocabulary: Vocabulary, *, max_batch_rows: int = 64, compile: bool = False
     ) -> None:
         if max_batch_rows < 2:
-            raise RequestError(
-                f"max_batch_rows={max_batch_rows}, but a row with guidance takes 2; choose 2 or more"
-            )
+            raise RequestError(f"max_batch_rows={max_batch_rows}, but a row with guidance takes 2; choose 2 or more")
         self.model = model
         self.vocabulary = vocabulary
         self.max_batch_rows = max_batch_rows
         self._kind_V = id_kinds(vocabulary)
         self._step: Callable[[_Batch, bool], None] = self._decode_step
         if compile:
-            self._step = torch.compile(self._decode_step, fullgraph=True, dynamic=False)
+            self._step = torch.compile(self._decode_step, dynamic=False)
 
     @property
     def device(self) -> torch.device:
@@ -212,9 +210,7 @@ class Engine:
             image_only: no row can choose among anything but image ids: only their part of the head is used.
         """
         active_B = batch.state_B != END
-        hidden_R1D = self.model(
-            batch.last_R[:, None], cache=batch.cache, num_new_B=active_B[batch.owner_R].long()
-        )
+        hidden_R1D = self.model(batch.last_R[:, None], cache=batch.cache, num_new_B=active_B[batch.owner_R].long())
         image = self.vocabulary.image_range
         id_range = (image.start, image.stop) if image_only else None
         logits_RV = self.model.logits(hidden_R1D[:, 0], id_range).float()

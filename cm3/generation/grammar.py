@@ -57,10 +57,27 @@ class Grammar:
     def fewest_ids(self) -> list[int]:
         """For each state the fewest ids that lead from it to the end."""
         fewest = [0] + [_UNREACHABLE] * (len(self.states) - 1)
-        for _ in self.states:
+        while True:
+            before = fewest.copy()
             for index, state in enumerate(self.states[1:], start=1):
                 fewest[index] = state.count + min(fewest[following] for _, following in state.moves)
-        return fewest
+            if fewest == before:
+                return fewest
+
+    def image_runs(self) -> list[int]:
+        """For each state how many ids surely follow that are image codes or named by the grammar.
+
+        `_UNREACHABLE` or more where that holds up to the end.
+        """
+        runs = [_UNREACHABLE] + [0] * (len(self.states) - 1)
+        while True:
+            before = runs.copy()
+            for index, state in enumerate(self.states[1:], start=1):
+                kind, following = state.moves[0]
+                if state.literal is not None or (kind == Kind.IMAGE and len(state.moves) == 1):
+                    runs[index] = state.count + runs[following]
+            if runs == before:
+                return runs
 
     def check_forced(self, forced_ids: Sequence[int], max_new_tokens: int, kind_V: Int[Tensor, " V"]) -> None:
         """Refuse ids that are to be forced (-1 is free) where they cannot stand.
@@ -93,7 +110,7 @@ class Grammar:
 
 
 class _Program:
-    """Collects states, last first: a state is added after those it leads to, or replaced once they exist."""
+    """Collects the states of a grammar, mostly last first, so that those a state leads to have numbers."""
 
     def __init__(self) -> None:
         self.states = [State(moves=((Kind.OTHER, END),))]
@@ -193,18 +210,18 @@ class GrammarTables:
     def __init__(self, grammars: Sequence[Grammar], vocabulary: Vocabulary, device: torch.device) -> None:
         states = [State(moves=((Kind.OTHER, END),), literal=vocabulary.pad_id)]
         fewest = [0]
+        self._image_runs = [_UNREACHABLE]
         offsets: dict[Grammar, int] = {}
         for grammar in grammars:
             if grammar in offsets:
                 continue
             offset = offsets[grammar] = len(states) - 1
-            fewest.extend(grammar.fewest_ids()[1:])
+            fewest += grammar.fewest_ids()[1:]
+            self._image_runs += grammar.image_runs()[1:]
             for state in grammar.states[1:]:
                 moves = tuple((kind, target and target + offset) for kind, target in state.moves)
                 states.append(State(moves=moves, count=state.count, literal=state.literal))
         self.starts = [grammar.start and grammar.start + offsets[grammar] for grammar in grammars]
-        self._states = states
-        self._image_runs = _image_runs(states)
 
         shape = (len(states), len(Kind))
         next_XZ = torch.zeros(shape, dtype=torch.long)
@@ -242,19 +259,3 @@ class GrammarTables:
     def image_steps(self, states: Sequence[int], taken: Sequence[int]) -> int:
         """For how many steps no row can choose among anything but image ids; 0 if one can now."""
         return min(self._image_runs[state] - count for state, count in zip(states, taken, strict=True))
-
-
-def _image_runs(states: Sequence[State]) -> list[int]:
-    """For each state, how many ids surely follow that are image codes or named by the grammar.
-
-    `_UNREACHABLE` or more where that holds up to the end.
-    """
-    runs = [0] * len(states)
-    runs[END] = _UNREACHABLE
-    for _ in states:
-        for index, state in enumerate(states):
-            only_image = [kind for kind, _ in state.moves] == [Kind.IMAGE]
-            if index != END and (only_image or state.literal is not None):
-                ((_, target),) = state.moves
-                runs[index] = state.count + runs[target]
-    return runs

@@ -4,6 +4,7 @@ B batch   T queries   S keys   N query heads   G key/value heads   K head width
 """
 
 import importlib.util
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ _MAX_PRODUCT_TOKENS = 256
 """Longest rows (documents) for which plain products train faster than SDPA in 16 bit on a CPU."""
 
 
+@cache
 def has_flash_attention() -> bool:
     """Whether flash-attn is installed; does not import it."""
     return importlib.util.find_spec("flash_attn") is not None
@@ -126,6 +128,7 @@ def _sdpa_cached(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: CacheMask
     return out_BTNK if mask.real_BT is None else out_BTNK * mask.real_BT[..., None, None]
 
 
+@torch.compiler.disable  # the number and lengths of the documents differ from batch to batch
 def _sdpa_packed(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask) -> Tensor:
     """Documents gathered into right-padded batches, causal attention in each, results put back."""
     groups = mask.groups

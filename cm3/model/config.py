@@ -5,6 +5,7 @@ section 2.3) is reached by switches.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ class ModelConfig:
         if problems:
             raise ConfigError("; ".join(problems))
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         """Yield one sentence per setting that cannot work."""
         for name in ("vocabulary_size", "width", "num_layers", "num_heads", "max_positions"):
             if getattr(self, name) < 1:
@@ -90,8 +91,7 @@ class ModelConfig:
             )
         if self.key_value_heads > 0 and self.num_heads % self.key_value_heads:
             yield (
-                f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
-                f"model.num_heads={self.num_heads}"
+                f"model.num_key_value_heads={self.num_key_value_heads} does not divide model.num_heads={self.num_heads}"
             )
 
     @property

@@ -23,7 +23,7 @@ class Norm(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.epsilon = config.norm_epsilon
-        self.shape = (config.width,)
+        self.shape = [config.width]
         self.weight = nn.Parameter(torch.ones(config.width)) if config.norm == "rmsnorm" else None
 
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -32,9 +32,7 @@ class Norm(nn.Module):
         return F.rms_norm(x_BTD, self.shape, self.weight.to(x_BTD.dtype), self.epsilon)
 
 
-def rotary_table(
-    positions_BT: Int[Tensor, "B T"], head_width: int, theta: float
-) -> Complex[Tensor, "B T 1 half"]:
+def rotary_table(positions_BT: Int[Tensor, "B T"], head_width: int, theta: float) -> Complex[Tensor, "B T 1 half"]:
     """Rotations of RoPE (arXiv:2104.09864, equation 13) as unit complex numbers, made once per forward pass.
 
     Computed from the positions in float32, so that no buffer can lose precision with the model's type.

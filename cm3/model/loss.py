@@ -54,8 +54,9 @@ def next_token_loss(
     weights_BT = weights.roll(-1, dims=1) * is_target_BT
     targets, weights = targets_BT.flatten(), weights_BT.flatten()
 
+    head_VD = model.head_weight_VD if torch.is_grad_enabled() else model.head_weight_VD.detach()
     total, losses, log_z = _ChunkedCrossEntropy.apply(
-        hidden_BTD.flatten(0, 1), model.head_weight_VD, targets, weights, z_loss_weight, chunk_size
+        hidden_BTD.flatten(0, 1), head_VD, targets, weights, z_loss_weight, chunk_size
     )
     weight_sum = weights.sum()
     divisor = weight_sum.clamp(min=torch.finfo(torch.float32).tiny)

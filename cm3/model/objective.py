@@ -61,9 +61,7 @@ class ObjectiveConfig:
         """How many ids a span adds to a sequence: its sentinel twice, and `<eoss>`."""
         return 3
 
-    def draw_num_spans(
-        self, vocabulary: Vocabulary, rng: np.random.Generator, size: int
-    ) -> Int[np.ndarray, " size"]:
+    def draw_num_spans(self, vocabulary: Vocabulary, rng: np.random.Generator, size: int) -> Int[np.ndarray, " size"]:
         """Draw how many spans to mask in each of `size` documents (spec 2.1.1)."""
         if self.name == "causal":
             return np.zeros(size, dtype=np.int64)
@@ -82,9 +80,7 @@ class ObjectiveConfig:
         num_spans: int,
     ) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
         """Mask a document: `mask_spans`, with the loss weights of its ids moved along."""
-        return self._moved(
-            ids_T, weights_T, draw_spans(ids_T, vocabulary, self, rng, num_spans=num_spans), vocabulary
-        )
+        return self._moved(ids_T, weights_T, draw_spans(ids_T, vocabulary, self, rng, num_spans=num_spans), vocabulary)
 
     def mask_block(
         self,
@@ -162,9 +158,7 @@ def draw_spans(
     """
     length = len(ids_T)
     if max_length is not None and length > max_length:
-        raise DataError(
-            f"a document of {length} ids was to be masked within {max_length}; raise that or split it"
-        )
+        raise DataError(f"a document of {length} ids was to be masked within {max_length}; raise that or split it")
     if num_spans is None:
         num_spans = int(config.draw_num_spans(vocabulary, rng, 1)[0])
     boundary, unmaskable = _tables(vocabulary)
@@ -221,9 +215,7 @@ def unmask(ids_T: Int[np.ndarray, " T"], vocabulary: Vocabulary) -> Int[np.ndarr
     return np.concatenate([*pieces, ids_T[holes[-1] + 1 : starts[0]]])
 
 
-def _draw_stretches(
-    length: int, segments: np.ndarray, num_spans: int, rng: np.random.Generator
-) -> np.ndarray:
+def _draw_stretches(length: int, segments: np.ndarray, num_spans: int, rng: np.random.Generator) -> np.ndarray:
     """Stretches between two uniform points: one, or the first disjoint ones of num_spans^2 candidates.
 
     Each is clipped to the segment that it overlaps most; what is empty then is left out.

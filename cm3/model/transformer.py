@@ -38,9 +38,7 @@ class Block(nn.Module):
         backend: Backend,
     ) -> Float[Tensor, "B T D"]:
         def attention(y_BTD: Tensor) -> Tensor:
-            out_BTD = self.attention(
-                y_BTD, mask=mask, rotary_BT1half=rotary_BT1half, cache=cache, backend=backend
-            )
+            out_BTD = self.attention(y_BTD, mask=mask, rotary_BT1half=rotary_BT1half, cache=cache, backend=backend)
             return F.dropout(out_BTD, self.dropout, self.training)
 
         def feed_forward(y_BTD: Tensor) -> Tensor:
@@ -71,9 +69,7 @@ class Transformer(nn.Module):
         self.position_embedding = nn.Embedding(config.max_positions, config.width) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = Norm(config)
-        self.head = (
-            None if config.tie_embeddings else nn.Linear(config.width, config.vocabulary_size, bias=False)
-        )
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocabulary_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -85,7 +81,9 @@ class Transformer(nn.Module):
                 _truncated_normal(module.weight, config.init_std)
         if self.position_embedding is not None:
             _truncated_normal(self.position_embedding.weight, config.position_init_std)
-        for block in self.blocks:
+        for block in self.modules():
+            if not isinstance(block, Block):
+                continue
             for output in (block.attention.out, block.feed_forward.out):
                 if config.zero_init_outputs:
                     nn.init.zeros_(output.weight)
@@ -119,9 +117,7 @@ class Transformer(nn.Module):
         mask: AttentionMask
         if cache is not None:
             if document_ids_BT is not None:
-                raise ConfigError(
-                    "document_ids_BT and cache exclude each other; a cached row is one document"
-                )
+                raise ConfigError("document_ids_BT and cache exclude each other; a cached row is one document")
             mask = cache.plan_step(ids_BT.shape[1], num_new_B)
             default_positions_BT = mask.positions_BT
         elif document_ids_BT is not None:
