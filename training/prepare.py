@@ -131,7 +131,7 @@ def run(config: PrepareConfig) -> Path:
 
     num_rows = len(preparer.source)
     report = PrepareReport()
-    with tqdm(total=num_rows, desc="rows", unit=" rows") as progress:
+    with tqdm(total=num_rows, desc="rows", unit=" rows", disable=None) as progress:
         for part in _reports(config, preparer):
             report.merge(part)
             report.rows.check(num_rows, config.data.max_bad_fraction)

@@ -37,7 +37,7 @@ def run(config: TextTokenizerRun) -> Path:
     yaml = dump_config(config, stage="text_tokenizer")
     print(yaml, flush=True)
     source = open_source(config.data)
-    texts = iter(tqdm(source.texts(), desc="reading", unit=" texts"))
+    texts = iter(tqdm(source.texts(), desc="reading", unit=" texts", disable=None))
     tokenizer = TextTokenizer.train(texts, config.tokenizer)
     path = Path(config.output) / TEXT_TOKENIZER_FILE
     write_text(path.with_name("config.yaml"), yaml)
