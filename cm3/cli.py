@@ -156,7 +156,10 @@ def _complete(args: argparse.Namespace) -> None:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file; see configs/")
     parser.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="--key value", help="settings that replace the file's"
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="--key value",
+        help="settings that replace the file's; --help after the file lists them all",
     )
 
 

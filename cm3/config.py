@@ -51,7 +51,8 @@ def load_config(config_class: type[Config], path: str | Path | None, overrides: 
     Args:
         config_class: Dataclass to build, nested dataclasses included.
         path: YAML file, or None for the defaults. Its `stage` key is ignored.
-        overrides: Command line words with dotted names, such as `["--optimizer.learning_rate", "1e-3"]`.
+        overrides: Command line words with dotted names, such as `["--optimizer.learning_rate", "1e-3"]`;
+            `--help` prints every setting and leaves.
 
     Raises:
         ConfigError: An unknown key (the nearest one is named), a wrong type (with the value), or values that
@@ -62,6 +63,9 @@ def load_config(config_class: type[Config], path: str | Path | None, overrides: 
     where = "the defaults" if path is None else str(path)
     for name in _unknown_keys(config_class, values):
         raise ConfigError(f"{where}: unknown key {name!r}{_nearest(name, config_class)}")
+    if "--help" in overrides or "-h" in overrides:
+        config_parser(config_class).print_help()
+        raise SystemExit(0)
     for word in overrides:
         name = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and name not in set(_names(config_class)):
@@ -103,7 +107,7 @@ def _plain(value: Any) -> Any:
 def _nested_class(annotation: Any) -> type | None:
     """Return the dataclass of an annotation such as `X` or `X | None`."""
     options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def _is_union(annotation: Any) -> bool:

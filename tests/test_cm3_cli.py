@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from cm3.cli import VERBS, main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def run(capsys, *words):
@@ -106,3 +109,10 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
 def test_help_needs_no_torch():
     code = "import sys, cm3.cli\ntry: cm3.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_after_a_config_lists_its_settings(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(CONFIGS / "demo" / "model.yaml"), "--help"])
+    assert stopped.value.code == 0
+    assert "--optimizer.learning_rate" in capsys.readouterr().out

@@ -71,9 +71,17 @@ def test_round_trip(path):
     ("text", "words", "message"),
     [
         ("step: 1", [], "unknown key 'step'; did you mean 'steps'"),
-        ("steps: 1\ninner: {learning_rat: 1}", [], "unknown key 'inner.learning_rat'; did you mean 'inner.learning_rate'"),
+        (
+            "steps: 1\ninner: {learning_rat: 1}",
+            [],
+            "unknown key 'inner.learning_rat'; did you mean 'inner.learning_rate'",
+        ),
         ("steps: 1\nzzz: 1", [], "unknown key 'zzz'; the keys are steps, inner, other, mode, names"),
-        ("steps: 1", ["--learning_rat", "1"], "unknown option --learning_rat; did you mean '(inner|other).learning_rate'"),
+        (
+            "steps: 1",
+            ["--learning_rat", "1"],
+            "unknown option --learning_rat; did you mean '(inner|other).learning_rate'",
+        ),
         ("steps: many", [], "steps.*many"),
         ("steps: 1\nmode: medium", [], "mode.*medium"),
         ("steps: 1\ninner: 3", [], "inner is a group of settings, found 3"),

@@ -66,6 +66,8 @@ def test_a_stopped_run_resumes_exactly(folder, monkeypatch):
     assert not (folder / "stopped" / "model").exists()
 
     monkeypatch.undo()
+    with (folder / "stopped" / "metrics.jsonl").open("a") as file:  # as if it had gone on without a checkpoint
+        file.write('{"split": "train", "step": 99, "loss": 0.0}\n')
     run_from(folder, "stopped", checkpoint_interval=0)
     assert losses(folder / "stopped") == losses(folder / "whole")
     ours, whole = (load_tensors(folder / name / "model" / "model.safetensors") for name in ("stopped", "whole"))

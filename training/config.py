@@ -85,7 +85,9 @@ class ModelRun:
                 f"zero_stage={self.zero_stage}; choose 1, 2 or 3 (DeepSpeed trains bf16 wrongly at stage 0)"
             )
         if self.ema_decay and self.zero_stage == 3:
-            raise ConfigError("ema_decay needs whole weights on every process; choose zero_stage 1 or 2, or ema_decay 0")
+            raise ConfigError(
+                "ema_decay needs whole weights on every process; choose zero_stage 1 or 2, or ema_decay 0"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay}; choose a value from 0 to below 1")
         if self.data.sequence_length > self.model.max_positions:

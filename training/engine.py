@@ -110,8 +110,8 @@ class Engine:
 
     def load_state(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Set what `state` returned; for weights the working copy in the module too. A collective."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._create_moments()
         for name, parameter in self.module.named_parameters():

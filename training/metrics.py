@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm3.checkpoint import write_text
 from cm3.training.engine import Engine
 
 
 class MetricsWriter:
     """Writes the same numbers to the console, `metrics.jsonl` and, where installed, TensorBoard."""
 
-    def __init__(self, folder: Path, total_steps: int) -> None:
+    def __init__(self, folder: Path, total_steps: int, start_step: int = 0) -> None:
+        """Open the files of a run that goes on after `start_step`; lines of later steps are dropped."""
         self.total_steps = total_steps
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= start_step))
+        self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard")
 
     def training(self, step: int, values: dict[str, float]) -> None:

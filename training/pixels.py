@@ -85,7 +85,7 @@ def open_pixels(config: SourceConfig, size: int, max_in_memory: int) -> PixelSou
         )
         return SourcePixels(config, size)
     rows = tqdm(
-        source, total=len(source), desc=f"{config.kind} {config.split}", unit=" rows", mininterval=2.0
+        source, total=len(source), desc=f"{config.kind} {config.split}", unit=" rows", disable=None
     )
     pixels = [np.asarray(to_square(image, size)) for document in rows for image in document_images(document)]
     if source.report.bad:

@@ -73,9 +73,9 @@ def run(config: ModelRun) -> Path | None:
         loader.load_state(state.loader)
         report(f"resumed from {checkpoint}")
 
-    writer = MetricsWriter(output, config.steps) if is_main() else None
+    writer = MetricsWriter(output, config.steps, state.step) if is_main() else None
     peak = peak_flops(engine.device, next(module.parameters()).dtype) * world_size()
-    flops = flops_per_token(config.model, config.data.sequence_length)
+    flops = flops_per_token(config.model, mean_context(config, train_data))
     batches, window, stopped = iter(loader), Window(engine), False
     with stop_signal() as stop_requested:
         while state.step < config.steps and not stopped:
@@ -198,6 +198,14 @@ def make_loader(config: ModelRun, data: ShardedDocuments, *, evaluation: bool) -
         world_size=world_size(),
         evaluation=evaluation,
     )
+
+
+def mean_context(config: ModelRun, data: ShardedDocuments) -> float:
+    """Return how many tokens a token attends to on average: half of its document, or of its row of a stream."""
+    if config.data.packing == "stream":
+        return config.data.sequence_length / 2
+    lengths = data.lengths[data.lengths <= config.data.sequence_length].astype(float)
+    return float((lengths**2).sum() / lengths.sum() / 2)
 
 
 def target_weight(batch: Mapping[str, Tensor]) -> float:

@@ -1,0 +1,160 @@
+"""Every evaluation task at tiny size on a random model: it runs, repeats itself, and says how it measured."""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from cm3.config import load_config
+from cm3.data.scenes import example
+from cm3.data.sources import SourceConfig
+from cm3.errors import ConfigError
+from cm3.eval.document_tasks import Captioning, PairSet, PictureMatching, Reconstruction
+from cm3.eval.likelihood import Likelihood
+from cm3.eval.nlvr_box import BoxCaptioning, BoxGeneration, BoxReconstruction
+from cm3.eval.run import EvalRun, evaluate
+from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfilling, SceneReconstruction, SceneSet
+from cm3.model.config import ModelConfig
+from cm3.model.transformer import Transformer
+from cm3.pipeline import CM3
+from cm3.tokenizers.document import DocumentTokenizer
+from cm3.tokenizers.image import ImageTokenizer
+from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
+from cm3.tokenizers.vocabulary import Vocabulary
+from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/eval.yaml"))
+SCENES = SceneSet(size=2)
+KINDS = ("concept", "style", "concept")
+NOT_SHARES = ("PSNR", "bits per", "seconds a picture", "spurious objects")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights that draw 64x64 pictures of 4x4 codes, the size of scenes and boxes."""
+    torch.manual_seed(1)
+    captions = [example(0, "train", index).caption for index in range(100)]
+    text = TextTokenizer.train(captions, TextTokenizerConfig(vocabulary_size=320))
+    shape = {"base_channels": 16, "channel_multipliers": (1, 1), "num_residual_blocks": 1}
+    image = ImageTokenizer(VQGAN(VQGANConfig(image_size=64, downsampling=16, num_codes=32, code_width=8, **shape)))
+    vocabulary = Vocabulary.build(text.size, 32, num_sentinels=16)
+    config = ModelConfig(
+        vocabulary_size=vocabulary.size,
+        width=32,
+        num_layers=1,
+        num_heads=4,
+        max_positions=96,
+        init_std=0.3,
+        zero_init_outputs=False,
+    )
+    return CM3(Transformer(config).eval(), DocumentTokenizer(text, image, vocabulary))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Three rows of pictures with a caption of a box, its objects, and a column to group by."""
+    folder = tmp_path_factory.mktemp("rows")
+    objects = json.dumps([{"size": "small", "color": "blue", "shape": "circle", "x": 1, "y": 2}])
+    lines = []
+    for index, kind in enumerate(KINDS):
+        example(0, "test", index).image.save(folder / f"{index}.png")
+        row = {"image": f"{index}.png", "text": "one small blue circle", "objects": objects, "split_kind": kind}
+        lines.append(json.dumps(row))
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return SourceConfig(kind="jsonl", path=str(folder / "rows.jsonl"))
+
+
+def scene_task(task, **settings):
+    return lambda source: task(scenes=SCENES, **settings)
+
+
+def box_task(task, **settings):
+    return lambda source: task(source=source, **settings)
+
+
+def document_task(task, **settings):
+    return lambda source: task(pairs=PairSet(source=source, group_by="split_kind"), **settings)
+
+
+ONE_SCALE = {"guidance_scales": (2.0,)}
+TASKS = {
+    "scene_reconstruction": scene_task(SceneReconstruction),
+    "scene_generation": scene_task(SceneGeneration, **ONE_SCALE),
+    "scene_captioning": scene_task(SceneCaptioning),
+    "scene_infilling": scene_task(SceneInfilling),
+    "box_reconstruction": box_task(BoxReconstruction),
+    "box_generation": box_task(BoxGeneration, **ONE_SCALE),
+    "box_captioning": box_task(BoxCaptioning),
+    "reconstruction": document_task(Reconstruction),
+    "captioning": document_task(Captioning),
+    "picture_matching": document_task(PictureMatching, **ONE_SCALE),
+    "likelihood": document_task(Likelihood),
+}
+
+
+def figures(result):
+    """The metrics without the clock's."""
+    return {name: str(value) for name, value in result.metrics.items() if not name.startswith("seconds")}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_runs_and_repeats_itself(name, model, rows):
+    task = TASKS[name](rows)
+    result = task.run(model)
+    assert figures(result) == figures(task.run(model))
+    assert json.dumps(result.protocol) and "captions" in result.protocol and result.seconds > 0
+    assert result.metrics
+    for metric, estimate in result.metrics.items():
+        if estimate.count > 1 and not metric.startswith(NOT_SHARES):
+            assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1, metric
+        assert estimate.count <= 3, metric
+    if name == "scene_infilling":
+        assert result.metrics["outside unchanged"].value == 1
+
+
+def test_every_task_of_an_evaluation_is_tested_here():
+    assert {field.name for field in fields(EvalRun)} == {"model", "output", *TASKS}
+
+
+def test_figures_are_given_for_each_group(model, rows):
+    metrics = Reconstruction(pairs=PairSet(source=rows, group_by="split_kind")).run(model).metrics
+    names = ["PSNR (dB), all", "PSNR (dB), split_kind=concept", "PSNR (dB), split_kind=style"]
+    assert {name: metrics[name].count for name in names} == dict(zip(names, [3, 2, 1]))
+    assert list(metrics) == names
+    everything, concept, style = (metrics[name].value for name in names)
+    assert math.isclose(3 * everything, 2 * concept + style)
+
+
+def test_an_evaluation_is_one_command(model_folder, rows, tmp_path):
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"model: {model_folder}\noutput: {tmp_path / 'out'}\n"
+        f"reconstruction:\n  pairs:\n    source: {{kind: jsonl, path: {rows.path}}}\n"
+    )
+    table = evaluate(str(config), ["--reconstruction.pairs.source.limit", "2"])
+    assert (tmp_path / "out" / "results.md").read_text() == table
+    assert "| reconstruction | PSNR (dB), all |" in table
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["results"][0]["metrics"]["PSNR (dB), all"]["count"] == 2
+    assert len(report["model_hash"]) == len(report["tokenizer_hash"]) == 64
+    assert report["config"]["reconstruction"]["pairs"]["source"]["limit"] == 2
+
+
+def test_an_evaluation_without_a_task_is_refused(tmp_path):
+    config = tmp_path / "eval.yaml"
+    config.write_text("output: nowhere\n")
+    with pytest.raises(ConfigError, match="names no task"):
+        evaluate(str(config))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_the_evaluations_of_this_repository_load(path):
+    config = load_config(EvalRun, path)
+    assert config.output == f"runs/{path.parent.name}/eval"
+    if path.parent.name == "demo":
+        tasks = (config.scene_reconstruction, config.scene_generation, config.scene_captioning, config.scene_infilling)
+        assert all(task is not None and task.scenes == SceneSet(split="test", size=200) for task in tasks)
+        assert config.scene_generation.guidance_scales == (3.0, 1.0)
