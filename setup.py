@@ -52,7 +52,7 @@ setup(
         "datasets>=4.0",
         "pillow>=11",
         "huggingface_hub>=1.0",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
         "jaxtyping>=0.3",
         "pyyaml>=6",
         "tensorboard>=2.18",

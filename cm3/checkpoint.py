@@ -35,9 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
-    temporary = path.with_name(
-        f".{token}.tmp.{path.name}"
-    )  # ends as `path` does: some writers read the suffix
+    temporary = path.with_name(f".{token}.tmp.{path.name}")  # ends as `path` does: some writers read the suffix
     try:
         yield temporary
         assert temporary.exists(), f"nothing was written for {path}"
@@ -102,9 +100,7 @@ def read_json(path: str | Path) -> Any:
         raise ModelFilesError(f"{path} is not JSON ({error}); write or download it again") from error
 
 
-def save_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write named tensors as one safetensors file.
 
     Tied tensors must be named once: safetensors refuses names that share memory.
@@ -167,9 +163,7 @@ def _shortened(names: list[str]) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
-def save_model_weights(
-    folder: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB"
-) -> None:
+def save_model_weights(folder: str | Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
     """Write a model's tensors as `model.safetensors`, or as shards with an index where that is too large.
 
     The names and the index are Hugging Face's; weight files that an earlier save left are removed.

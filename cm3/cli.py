@@ -52,13 +52,9 @@ def _add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> None:
             metavar="S",
             help="weight of classifier-free guidance; 1 turns it off",
         )
-    group.add_argument(
-        "--temperature", type=float, metavar="T", help="0 takes the likeliest token every time"
-    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token every time")
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0 is off")
-    group.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the smallest set of probability P; 1 is off"
-    )
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P; 1 is off")
     group.add_argument(
         "--seed",
         type=int,
@@ -80,12 +76,8 @@ def _load(args: argparse.Namespace) -> Any:
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", help="what to draw; several prompts are drawn in one batch")
-    parser.add_argument(
-        "--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)"
-    )
-    parser.add_argument(
-        "--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go"
-    )
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
+    parser.add_argument("--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go")
     _add_sampling(parser, guidance=True)
     _add_model(parser)
 
@@ -132,9 +124,7 @@ def _infill_arguments(parser: argparse.ArgumentParser) -> None:
 def _infill(args: argparse.Namespace) -> None:
     from cm3.gallery import save_image
 
-    filled = _load(args).infill(
-        args.image, box=args.box, prompt=args.prompt, seed=args.seed, **_sampling(args)
-    )
+    filled = _load(args).infill(args.image, box=args.box, prompt=args.prompt, seed=args.seed, **_sampling(args))
     print(save_image(args.out, filled))
 
 
@@ -194,9 +184,7 @@ VERBS: dict[str, Verb] = {
         _generate,
         'cm3 generate "a large red circle left of a small blue square" --num-images 4 --seed 0 --out out/',
     ),
-    "caption": Verb(
-        "words from pictures", _caption_arguments, _caption, "cm3 caption out/000.png out/001.png"
-    ),
+    "caption": Verb("words from pictures", _caption_arguments, _caption, "cm3 caption out/000.png out/001.png"),
     "infill": Verb(
         "draw a part of a picture anew",
         _infill_arguments,

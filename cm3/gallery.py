@@ -20,9 +20,7 @@ def save_image(path: str | Path, image: Image.Image) -> Path:
     """Write a PNG aside and rename it into place; raises RequestError for another suffix."""
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise RequestError(
-            f"pictures are written as PNG, but {path} does not end in .png; choose {path.stem}.png"
-        )
+        raise RequestError(f"pictures are written as PNG, but {path} does not end in .png; choose {path.stem}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
@@ -40,7 +38,8 @@ def save_gallery(
     Sample `i` of a prompt was drawn with seed `settings["seed"] + i`.
     """
     folder = Path(folder)
-    paths, entries = [], []
+    paths: list[Path] = []
+    entries: list[dict[str, Any]] = []
     for prompt, samples in zip(prompts, images, strict=True):
         for offset, image in enumerate(samples):
             path = save_image(folder / f"{len(paths):03d}.png", image)
@@ -50,9 +49,7 @@ def save_gallery(
     return paths
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]], *, cell: int = 160
-) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]], *, cell: int = 160) -> Image.Image:
     """Draw one row per (heading, pictures, captions under the pictures) on white.
 
     Args:
@@ -66,9 +63,7 @@ def contact_sheet(
     wrapped = [[textwrap.wrap(caption, characters) for caption in captions] for _, _, captions in rows]
     headings = [textwrap.wrap(heading, width // 7) for heading, _, _ in rows]
     heights = [
-        _LINE_HEIGHT * (len(heading) + max((len(lines) for lines in captions), default=0))
-        + cell
-        + 2 * _MARGIN
+        _LINE_HEIGHT * (len(heading) + max((len(lines) for lines in captions), default=0)) + cell + 2 * _MARGIN
         for heading, captions in zip(headings, wrapped, strict=True)
     ]
     sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), "white")

@@ -86,9 +86,7 @@ class CM3:
         values = read_json(folder / GENERATION_FILE)
         unknown = set(values) - {field.name for field in fields(SamplingSettings)}
         if unknown:
-            raise ModelFilesError(
-                f"{folder / GENERATION_FILE} has unknown settings {', '.join(sorted(unknown))}"
-            )
+            raise ModelFilesError(f"{folder / GENERATION_FILE} has unknown settings {', '.join(sorted(unknown))}")
         card = folder / CARD_FILE
         return cls(
             transformer,
@@ -128,9 +126,7 @@ class CM3:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(
-                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with open-cm3")
-            )
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with open-cm3"))
 
     @property
     def device(self) -> torch.device:
@@ -156,9 +152,7 @@ class CM3:
         return asdict(self._settings(sampling))
 
     @overload
-    def generate(
-        self, prompt: str, *, num_images: int = 1, seed: int = 0, **sampling: Any
-    ) -> list[PILImage.Image]: ...
+    def generate(self, prompt: str, *, num_images: int = 1, seed: int = 0, **sampling: Any) -> list[PILImage.Image]: ...
 
     @overload
     def generate(
@@ -189,9 +183,7 @@ class CM3:
             if not text.strip():
                 raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
         seeds = tuple(range(seed, seed + num_images))
-        requests = [
-            self._prompts.text_to_image(self.tokenizer.text.encode(text), seeds=seeds) for text in prompts
-        ]
+        requests = [self._prompts.text_to_image(self.tokenizer.text.encode(text), seeds=seeds) for text in prompts]
         outputs = self._engine.run(requests, self._settings(sampling))
         codes = np.stack([self._prompts.image_codes(ids).ravel() for samples in outputs for ids in samples])
         pictures = self.tokenizer.image.decode(codes)
@@ -204,9 +196,7 @@ class CM3:
     @overload
     def caption(self, image: Sequence[Picture], *, seed: int = 0, **sampling: Any) -> list[str]: ...
 
-    def caption(
-        self, image: Picture | Sequence[Picture], *, seed: int = 0, **sampling: Any
-    ) -> str | list[str]:
+    def caption(self, image: Picture | Sequence[Picture], *, seed: int = 0, **sampling: Any) -> str | list[str]:
         """Describe pictures, by filling in the masked text of `</s> <mask> <break> image </s>` (section 2.2).
 
         Args:
@@ -220,8 +210,9 @@ class CM3:
         Raises:
             RequestError: a picture is missing or broken.
         """
-        several = isinstance(image, Sequence) and not isinstance(image, str | bytes)
-        pictures = [self._square(picture) for picture in (image if several else [image])]  # type: ignore[list-item]
+        several = not isinstance(image, Picture)
+        images: list[Any] = list(image) if several else [image]  # type: ignore[arg-type]
+        pictures = [self._square(picture) for picture in images]
         if not pictures:
             return []
         requests = [

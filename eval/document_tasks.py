@@ -79,8 +79,7 @@ class Reconstruction:
         before = [to_square(picture_of(document), model.image_size) for document in documents]
         values = [psnr(*pair) for pair in zip(before, model.reconstruct(before), strict=True)]
         metrics = {
-            f"PSNR (dB), {group}": mean([values[i] for i in members])
-            for group, members in self.pairs.groups(documents)
+            f"PSNR (dB), {group}": mean([values[i] for i in members]) for group, members in self.pairs.groups(documents)
         }
         return TaskResult("reconstruction", metrics, self.pairs.record(documents), time.monotonic() - start)
 

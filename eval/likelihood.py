@@ -32,9 +32,7 @@ class Likelihood:
         text_bits, image_bits, text_bytes, image_codes = [], [], [], []
         for document, tokenized in zip(documents, model.tokenizer.tokenize(documents), strict=True):
             ids_BT = torch.as_tensor(model.tokenizer.to_ids(tokenized), device=model.device)[None]
-            out = next_token_loss(
-                model.transformer, ids_BT, image_range=(image_range.start, image_range.stop)
-            )
+            out = next_token_loss(model.transformer, ids_BT, image_range=(image_range.start, image_range.stop))
             text_bits.append(float(out.text_loss_sum) / math.log(2))
             image_bits.append(float(out.image_loss_sum) / math.log(2))
             text_bytes.append(len(caption_of(document).encode()))

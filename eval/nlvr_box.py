@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL.Image import Image
 
@@ -107,7 +108,7 @@ class BoxGeneration:
         pairs = PairSet(source=self.source)
         documents = pairs.open()
         captions, wanted = [caption_of(document) for document in documents], _stated(documents)
-        sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        sampling: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         metrics: dict[str, Estimate] = {}
         for scale in self.guidance_scales:
             drawn: list[Kinds] = []

@@ -85,9 +85,7 @@ def markdown(results: Sequence[TaskResult]) -> str:
 def write_report(folder: Path, results: Sequence[TaskResult], header: dict[str, Any]) -> None:
     """Write `results.json` (everything, with the protocol record) and `results.md` (the table)."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "results.json", {**header, "results": [_finite(asdict(result)) for result in results]}
-    )
+    write_json(folder / "results.json", {**header, "results": [_finite(asdict(result)) for result in results]})
     write_text(folder / "results.md", markdown(results))
 
 

@@ -93,7 +93,7 @@ class SceneGeneration:
         start = time.monotonic()
         examples = list(self.scenes.open())
         metrics: dict[str, Estimate] = {}
-        sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        sampling: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         for scale in self.guidance_scales:
             scores: list[SceneScore] = []
             clock = time.monotonic()
@@ -110,9 +110,7 @@ class SceneGeneration:
                 f"{name}, guidance {scale:g}": _share([pick(score) for score in scores])
                 for name, pick in _PICTURE_MEASURES.items()
             }
-            metrics[f"seconds a picture in batches of {self.batch_size}, guidance {scale:g}"] = mean(
-                [seconds]
-            )
+            metrics[f"seconds a picture in batches of {self.batch_size}, guidance {scale:g}"] = mean([seconds])
         protocol = {**self.scenes.record(), **sampling, "samples per prompt": 1, "re-ranking": "none"}
         return TaskResult("scene generation", metrics, protocol, time.monotonic() - start)
 
@@ -168,9 +166,7 @@ class SceneInfilling:
             target, replacement = _choose_replacement(example.scene.objects, rng)
             left, top, right, bottom = box = _box_around(target)
             prompt = f"a {replacement.size} {replacement.color} {replacement.shape}"
-            filled = model.infill(
-                example.image, box=box, prompt=prompt, seed=index, guidance_scale=self.guidance_scale
-            )
+            filled = model.infill(example.image, box=box, prompt=prompt, seed=index, guidance_scale=self.guidance_scale)
             before, after = np.array(example.image), np.array(filled)
             before[top:bottom, left:right] = after[top:bottom, left:right] = 0
             outside.append(bool((before == after).all()))
@@ -187,9 +183,7 @@ class SceneInfilling:
         return TaskResult("scene infilling", metrics, protocol, time.monotonic() - start)
 
 
-def _choose_replacement(
-    objects: tuple[SceneObject, ...], rng: np.random.Generator
-) -> tuple[SceneObject, SceneObject]:
+def _choose_replacement(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> tuple[SceneObject, SceneObject]:
     """An object of the scene, and one of its size and place whose colour and shape the scene lacks and training has."""
     target = objects[rng.integers(len(objects))]
     taken = {(item.color, item.shape) for item in objects} | NOVEL_PAIRS
@@ -213,8 +207,6 @@ def _holds(image: Image.Image, wanted: SceneObject, box: tuple[int, int, int, in
     """Whether the oracle sees the wanted shape and colour with its centre in the box."""
     left, top, right, bottom = box
     return any(
-        (item.shape, item.color) == (wanted.shape, wanted.color)
-        and left <= item.x < right
-        and top <= item.y < bottom
+        (item.shape, item.color) == (wanted.shape, wanted.color) and left <= item.x < right and top <= item.y < bottom
         for item in read_scene(image).objects
     )

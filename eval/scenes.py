@@ -34,13 +34,9 @@ from cm3.data.scene_world import (
 from cm3.errors import DataError
 
 MIXED = "mixed"  # the colour of an object in which several run together; no caption states it
-POSITION_SLACK = (
-    4.0  # pixels by which a relation between drawn objects may miss what a caption needs to state it
-)
+POSITION_SLACK = 4.0  # pixels by which a relation between drawn objects may miss what a caption needs to state it
 
-_LEAST_FIT = (
-    0.3  # share of an object's own energy that it must explain to count as seen; a perfect object has 1
-)
+_LEAST_FIT = 0.3  # share of an object's own energy that it must explain to count as seen; a perfect object has 1
 _LEAST_PLAIN = 0.6  # share of an object's inner pixels that must have its colour; else it is of mixed colours
 _MOST_OBJECTS = 12
 _KINDS = [(shape, size) for shape in SHAPES for size in SIZES]
@@ -92,9 +88,7 @@ def read_scene(image: Image.Image | np.ndarray) -> Scene:
     """
     pixels_HWC = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels_HWC.shape != (SIDE, SIDE, 3):
-        raise DataError(
-            f"the oracle reads RGB pictures of {SIDE}x{SIDE}, this one is {pixels_HWC.shape}; resize it"
-        )
+        raise DataError(f"the oracle reads RGB pictures of {SIDE}x{SIDE}, this one is {pixels_HWC.shape}; resize it")
     pixels_HWC = pixels_HWC.astype(np.float32)
     border = np.concatenate([pixels_HWC[0], pixels_HWC[-1], pixels_HWC[1:-1, 0], pixels_HWC[1:-1, -1]])
     ground = np.median(border, axis=0)
@@ -198,9 +192,7 @@ def caption_score(scene: Scene, caption: str) -> CaptionScore:
     if statement is None:
         return CaptionScore(False, len(scene.objects), 0, 0, None, None, False)
     left = list(scene.objects)
-    for stated in sorted(
-        statement.objects, key=lambda item: item.size is None
-    ):  # the definite ones choose first
+    for stated in sorted(statement.objects, key=lambda item: item.size is None):  # the definite ones choose first
         if found := next((item for item in left if agrees(stated, item)), None):
             left.remove(found)
     right = len(scene.objects) - len(left)
@@ -227,10 +219,7 @@ def _relations_right(scene: Scene, statement: Statement) -> bool:
     for wanted in (statement.objects[i] for i in involved):
         alike = [item for item in scene.objects if _pair(item) == _pair(wanted)]
         candidates.append([item for item in alike if agrees(wanted, item)] or alike)
-    return any(
-        _relations_hold(statement, dict(zip(involved, chosen, strict=True)))
-        for chosen in _choices(candidates)
-    )
+    return any(_relations_hold(statement, dict(zip(involved, chosen, strict=True))) for chosen in _choices(candidates))
 
 
 def _choices(candidates: list[list[SceneObject]]) -> Iterator[tuple[SceneObject, ...]]:

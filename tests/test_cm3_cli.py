@@ -107,7 +107,9 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys, cm3.cli\ntry: cm3.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys, cm3.cli\ntry: cm3.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -143,8 +143,7 @@ def test_captions_state_the_truth_and_can_be_read_back(examples):
                 fitting = [
                     one
                     for one in item.scene.objects
-                    if (one.color, one.shape) == (stated.color, stated.shape)
-                    and stated.size in (None, one.size)
+                    if (one.color, one.shape) == (stated.color, stated.shape) and stated.size in (None, one.size)
                 ]
                 assert len(fitting) == 1, item.caption
                 named += fitting
@@ -190,9 +189,7 @@ def test_captions_vary_and_mostly_state_sizes(examples):
         ),
         (
             "two shapes: a red circle and a blue square, on a black background",
-            Statement(
-                (StatedObject(None, "red", "circle"), StatedObject(None, "blue", "square")), (), "black"
-            ),
+            Statement((StatedObject(None, "red", "circle"), StatedObject(None, "blue", "square")), (), "black"),
         ),
         (
             "red cross over pink star, which is to the right of cyan circle, and red square",

@@ -23,9 +23,7 @@ def test_wilson_interval_stays_inside_zero_and_one(successes, low, high):
 
 
 def test_nothing_counted_is_not_a_number():
-    assert (
-        math.isnan(proportion(0, 0).value) and math.isnan(mean([]).value) and math.isnan(ratio([], []).value)
-    )
+    assert math.isnan(proportion(0, 0).value) and math.isnan(mean([]).value) and math.isnan(ratio([], []).value)
 
 
 def test_mean_and_its_normal_interval():

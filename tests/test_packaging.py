@@ -94,9 +94,7 @@ def test_both_packages_called_tokenizers(path: str, tmp_path: Path):
     )
     hugging_face, *ours = run(code, cwd=tmp_path if path else ROOT, path=path).splitlines()
     assert hugging_face.startswith("tokenizers ") and str(ROOT / "tokenizers") not in hugging_face
-    assert ours == [
-        str(ROOT / name) for name in ("tokenizers/vocabulary.py", "training/engine.py", "eval/task.py")
-    ]
+    assert ours == [str(ROOT / name) for name in ("tokenizers/vocabulary.py", "training/engine.py", "eval/task.py")]
 
 
 def test_import_brings_nothing_heavy():

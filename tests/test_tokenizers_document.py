@@ -78,9 +78,7 @@ def tokenizer() -> DocumentTokenizer:
         num_codes=NUM_CODES,
         code_width=4,
     )
-    text = TextTokenizer.train(
-        ["a red circle left of a blue square"] * 4, TextTokenizerConfig(vocabulary_size=300)
-    )
+    text = TextTokenizer.train(["a red circle left of a blue square"] * 4, TextTokenizerConfig(vocabulary_size=300))
     return DocumentTokenizer(text, ImageTokenizer(VQGAN(config)), Vocabulary.build(text.size, NUM_CODES, 4))
 
 
@@ -195,9 +193,7 @@ def test_segments_compare_by_content() -> None:
 
 def test_tokenize_any_number_of_segments() -> None:
     documents = [
-        Document(
-            (Text("a red circle"), Image(picture(0)), Text(""), Image(picture(1, (20, 12)))), {"id": "a"}
-        ),
+        Document((Text("a red circle"), Image(picture(0)), Text(""), Image(picture(1, (20, 12)))), {"id": "a"}),
         Document((Text(" \n</s> <break>"),)),
         Document((Image(picture(2)),)),
     ]

@@ -38,9 +38,7 @@ def png(image, **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
 def test_any_mode_becomes_rgb(mode):
     source = Image.fromarray(noise(6, 5, 3))
     if mode == "LAB":

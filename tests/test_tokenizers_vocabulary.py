@@ -150,9 +150,7 @@ def test_save_and_load(vocabulary: Vocabulary, tmp_path) -> None:
 
 @settings(max_examples=10)
 @given(st.integers(5, 400), st.integers(1, 400), st.integers(1, 40), st.integers(1, 64))
-def test_built_vocabularies_are_valid_and_differ(
-    text: int, codes: int, sentinels: int, multiple: int
-) -> None:
+def test_built_vocabularies_are_valid_and_differ(text: int, codes: int, sentinels: int, multiple: int) -> None:
     vocabulary = Vocabulary.build(text, codes, sentinels, multiple)
     assert vocabulary.size % multiple == 0
     assert vocabulary == Vocabulary.from_json(json.loads(json.dumps(vocabulary.to_json())))

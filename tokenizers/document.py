@@ -182,9 +182,7 @@ class DocumentTokenizer:
 
     def tokenize(self, documents: Sequence[Document]) -> list[TokenizedDocument]:
         """Tokenize documents; the images of all of them are encoded together."""
-        images = [
-            part.pixels for document in documents for part in document.segments if isinstance(part, Image)
-        ]
+        images = [part.pixels for document in documents for part in document.segments if isinstance(part, Image)]
         codes_BHW = iter(self.image.encode(images).reshape(-1, *self.image.grid))
 
         def tokens(part: Text | Image) -> TextTokens | ImageCodes:
@@ -192,10 +190,7 @@ class DocumentTokenizer:
                 return ImageCodes(next(codes_BHW))
             return TextTokens(np.array(self.text.encode(part.text), dtype=np.int32))
 
-        return [
-            TokenizedDocument(tuple(map(tokens, document.segments)), document.metadata)
-            for document in documents
-        ]
+        return [TokenizedDocument(tuple(map(tokens, document.segments)), document.metadata) for document in documents]
 
     def detokenize(self, document: TokenizedDocument) -> Document:
         """The text as it was, and the images as the image tokenizer decodes them."""
@@ -260,9 +255,7 @@ def _integers(values: Any, dtype: type[np.integer], ndim: int, what: str) -> np.
     """`values` as an array of `dtype`, refused rather than wrapped where they do not fit."""
     array = np.asarray(values)
     if array.size and not np.issubdtype(array.dtype, np.integer) or array.ndim != ndim:
-        raise DataError(
-            f"{what} must be integers in {ndim} dimension(s), found {array.dtype} of shape {array.shape}"
-        )
+        raise DataError(f"{what} must be integers in {ndim} dimension(s), found {array.dtype} of shape {array.shape}")
     limits = np.iinfo(dtype)
     if array.dtype != dtype and array.size and (array.min() < limits.min or array.max() > limits.max):
         raise DataError(f"{what} must lie in {limits.min}..{limits.max}, found {array.min()}..{array.max()}")

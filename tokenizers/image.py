@@ -128,7 +128,7 @@ class ImageTokenizer:
         batch_size: int = 64,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision = precision
         self.batch_size = batch_size
         self.compute_dtype = compute_dtype

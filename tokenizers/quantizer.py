@@ -50,10 +50,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(latents_NE.device.type, enabled=False):
             bias_Q = -0.5 * self.codebook_QE.square().sum(1)
             rows = max(1, CHUNK_ENTRIES // len(self.codebook_QE))
-            parts = [
-                torch.addmm(bias_Q, part_NE, self.codebook_QE.T).argmax(1)
-                for part_NE in latents_NE.split(rows)
-            ]
+            parts = [torch.addmm(bias_Q, part_NE, self.codebook_QE.T).argmax(1) for part_NE in latents_NE.split(rows)]
         return torch.cat(parts)
 
     def forward(self, latents_BEHW: Float[Tensor, "B E H W"]) -> Quantized:

@@ -45,9 +45,7 @@ class TextTokenizerConfig:
                 "pieces; choose at least 261"
             )
         if not 0 < self.character_coverage <= 1:
-            raise ConfigError(
-                f"character_coverage={self.character_coverage} is a share; choose above 0, up to 1"
-            )
+            raise ConfigError(f"character_coverage={self.character_coverage} is a share; choose above 0, up to 1")
         if self.max_piece_length < 1:
             raise ConfigError(f"max_piece_length={self.max_piece_length} is too short; choose at least 1")
 
@@ -69,26 +67,20 @@ class TextTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ModelFilesError(
-                f"not a SentencePiece model ({error}); train one with `cm3 train`"
-            ) from error
+            raise ModelFilesError(f"not a SentencePiece model ({error}); train one with `cm3 train`") from error
         self._model = model
         self.size = self._processor.vocab_size()
         """Number of pieces, specials included."""
         pieces = [self._processor.id_to_piece(id) for id in range(self.size)]
         if tuple(pieces[: len(TEXT_SPECIALS)]) != TEXT_SPECIALS:
             raise ModelFilesError(
-                f"the text tokenizer starts with {pieces[:4]}, not {list(TEXT_SPECIALS)}; "
-                "train one with `cm3 train`"
+                f"the text tokenizer starts with {pieces[:4]}, not {list(TEXT_SPECIALS)}; train one with `cm3 train`"
             )
         self._spellings = [self._spelling(id, piece) for id, piece in enumerate(pieces)]
-        self._space_symbol_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()
-        ]
+        self._space_symbol_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_SYMBOL.encode()]
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ModelFilesError(
-                "the text tokenizer changes text (no byte fallback, or it normalises); "
-                "train one with `cm3 train`"
+                "the text tokenizer changes text (no byte fallback, or it normalises); train one with `cm3 train`"
             )
 
     @classmethod
@@ -127,12 +119,8 @@ class TextTokenizer:
             if lines.error is not None:
                 raise lines.error from None
             if lines.count == 0:
-                raise DataError(
-                    "no text to train a tokenizer from; check the text column and the limit"
-                ) from error
-            raise ConfigError(
-                f"SentencePiece refused vocabulary_size={config.vocabulary_size}: {error}"
-            ) from error
+                raise DataError("no text to train a tokenizer from; check the text column and the limit") from error
+            raise ConfigError(f"SentencePiece refused vocabulary_size={config.vocabulary_size}: {error}") from error
         return cls(model.getvalue())
 
     @cached_property
@@ -167,9 +155,7 @@ class TextTokenizer:
         spelt = []
         for id in ids:
             if not 0 <= id < self.size:
-                raise DataError(
-                    f"text piece {id} is not below {self.size}; was it made by another tokenizer?"
-                )
+                raise DataError(f"text piece {id} is not below {self.size}; was it made by another tokenizer?")
             spelt.append(self._spellings[id])
         return b"".join(spelt).decode("utf-8", errors="replace")
 

@@ -86,9 +86,7 @@ class Vocabulary:
             yield "the ids of <sentinel:0>, <sentinel:1>, ... are not consecutive"
 
     @classmethod
-    def build(
-        cls, text_size: int, image_codes: int, num_sentinels: int = 512, multiple: int = 64
-    ) -> "Vocabulary":
+    def build(cls, text_size: int, image_codes: int, num_sentinels: int = 512, multiple: int = 64) -> "Vocabulary":
         """Our own layout: text pieces (their ids as they are), image codes, then the special ids.
 
         These are `<break>`, `<eoss>`, the sentinels, `<image_row_end>`, the image sizes, and as many
@@ -159,9 +157,7 @@ class Vocabulary:
     def sentinel_id(self, index: int) -> int:
         """The id of `<sentinel:index>`. Raises ConfigError where the vocabulary has no such sentinel."""
         if not 0 <= index < self.num_sentinels:
-            raise ConfigError(
-                f"<sentinel:{index}> asked, the vocabulary has {self.num_sentinels}; use fewer spans"
-            )
+            raise ConfigError(f"<sentinel:{index}> asked, the vocabulary has {self.num_sentinels}; use fewer spans")
         return self.special_ids["<sentinel:0>"] + index
 
     def is_image(self, ids: Any) -> Any:
@@ -268,6 +264,4 @@ class Vocabulary:
 
     def _require(self, good: Any, values: np.ndarray, what: str) -> None:
         if not good.all():
-            raise DataError(
-                f"expected {what}, found {values[~good].flat[0]}; do these ids belong to this vocabulary?"
-            )
+            raise DataError(f"expected {what}, found {values[~good].flat[0]}; do these ids belong to this vocabulary?")

@@ -48,13 +48,10 @@ class VQGANConfig:
             raise ConfigError(f"vqgan.downsampling={self.downsampling} is not supported; choose 4, 8 or 16")
         if self.image_size < self.downsampling or self.image_size % self.downsampling:
             raise ConfigError(
-                f"vqgan.image_size={self.image_size} is not a multiple of "
-                f"vqgan.downsampling={self.downsampling}"
+                f"vqgan.image_size={self.image_size} is not a multiple of vqgan.downsampling={self.downsampling}"
             )
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ConfigError(
-                f"vqgan.channel_multipliers={self.channel_multipliers} must be positive, at least one"
-            )
+            raise ConfigError(f"vqgan.channel_multipliers={self.channel_multipliers} must be positive, at least one")
         if 2 ** (len(self.channel_multipliers) - 1) > self.downsampling:
             most = self.downsampling.bit_length()
             raise ConfigError(
@@ -66,9 +63,7 @@ class VQGANConfig:
                 f"vqgan.base_channels={self.base_channels} is not a positive multiple of {NORM_GROUP_WIDTH}"
             )
         if not 2 <= self.num_codes <= 65536:
-            raise ConfigError(
-                f"vqgan.num_codes={self.num_codes} is outside 2 to 65536 (codes are stored as uint16)"
-            )
+            raise ConfigError(f"vqgan.num_codes={self.num_codes} is outside 2 to 65536 (codes are stored as uint16)")
         if self.code_width < 1 or self.num_residual_blocks < 1:
             raise ConfigError(
                 f"vqgan.code_width={self.code_width} and "
@@ -138,9 +133,7 @@ class SpatialAttention(nn.Module):
         qkv_BPC = self.qkv(self.norm(x_BCHW)).permute(0, 2, 3, 1).flatten(1, 2)
         q_B1PC, k_B1PC, v_B1PC = qkv_BPC.unsqueeze(1).chunk(3, dim=-1)
         mixed_BPC = F.scaled_dot_product_attention(q_B1PC, k_B1PC, v_B1PC).squeeze(1)
-        mixed_BCHW = mixed_BPC.unflatten(1, x_BCHW.shape[2:]).permute(
-            0, 3, 1, 2
-        )  # keeps a channels_last layout
+        mixed_BCHW = mixed_BPC.unflatten(1, x_BCHW.shape[2:]).permute(0, 3, 1, 2)  # keeps a channels_last layout
         return x_BCHW + self.out(mixed_BCHW)
 
 
@@ -202,7 +195,7 @@ class VQGAN(nn.Module):
         self.decoder = _build_decoder(config)
 
     @property
-    def last_layer_weight(self) -> nn.Parameter:
+    def last_layer_weight(self) -> Tensor:
         """Weight of the decoder's last convolution, at which the adversarial weight is balanced."""
         return [layer for layer in self.decoder if isinstance(layer, nn.Conv2d)][-1].weight
 

@@ -73,13 +73,9 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def adaptive_weight(
-    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer_weight: Tensor
-) -> Tensor:
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer_weight: Tensor) -> Tensor:
     """Ratio of the two losses' gradients at the decoder's last layer (equation 7), detached."""
-    (reconstruction_gradient,) = torch.autograd.grad(
-        reconstruction_loss, last_layer_weight, retain_graph=True
-    )
+    (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, last_layer_weight, retain_graph=True)
     (adversarial_gradient,) = torch.autograd.grad(adversarial_loss, last_layer_weight, retain_graph=True)
     ratio = reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-6)
     return ratio.clamp(max=MAX_ADAPTIVE_WEIGHT).detach()

@@ -22,7 +22,7 @@ class ImageTokenizerState:
         self.device = device
         self.step = 0
         self._precision = config.precision
-        self.model = VQGAN(config.vqgan).to(device, memory_format=torch.channels_last)
+        self.model: VQGAN = VQGAN(config.vqgan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.codebook = CodebookLearner(
             self.model.quantizer, config.codebook_decay, config.revive_after_steps, config.seed
         )
@@ -31,7 +31,7 @@ class ImageTokenizerState:
         self._discriminator_optimizer: torch.optim.Adam | None = None
         if config.adversarial.start_step is not None:
             discriminator = PatchDiscriminator(config.adversarial.base_channels, config.adversarial.num_layers)
-            self.discriminator = discriminator.to(device, memory_format=torch.channels_last)
+            self.discriminator = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             self._discriminator_optimizer = torch.optim.Adam(
                 discriminator.parameters(), lr=config.adversarial.learning_rate, betas=(0.5, 0.9)
             )

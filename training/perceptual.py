@@ -26,6 +26,9 @@ _SCALE = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """Weighted distance of VGG-16 features of pictures in [-1, 1]; 0 for equal pictures."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.slices = nn.ModuleDict()
@@ -67,6 +70,7 @@ class LPIPS(nn.Module):
         features_BCHW = (torch.cat([first_BCHW, second_BCHW]) - self.shift) / self.scale
         distance = first_BCHW.new_zeros(())
         for level, convolutions in self.slices.items():
+            assert isinstance(convolutions, nn.ModuleDict)
             if level != "0":
                 features_BCHW = F.max_pool2d(features_BCHW, 2)
             for convolution in convolutions.values():
@@ -83,8 +87,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ModelFilesError(
-            f"cannot read the LPIPS weights {path}: {error.strerror}; check the path"
-        ) from error
+        raise ModelFilesError(f"cannot read the LPIPS weights {path}: {error.strerror}; check the path") from error
     except Exception as error:  # torch's reader raises UnpicklingError, RuntimeError, EOFError and more
         raise ModelFilesError(f"{path} is not a file of tensors ({error}); make it again") from error

@@ -84,16 +84,12 @@ def open_pixels(config: SourceConfig, size: int, max_in_memory: int) -> PixelSou
             flush=True,
         )
         return SourcePixels(config, size)
-    rows = tqdm(
-        source, total=len(source), desc=f"{config.kind} {config.split}", unit=" rows", disable=None
-    )
+    rows = tqdm(source, total=len(source), desc=f"{config.kind} {config.split}", unit=" rows", disable=None)
     pixels = [np.asarray(to_square(image, size)) for document in rows for image in document_images(document)]
     if source.report.bad:
         print(f"skipped {source.report.bad} rows: {'; '.join(source.report.bad_rows)}", flush=True)
     if not pixels:
-        raise DataError(
-            f"the source {config.kind} {config.path} holds no pictures; check path and image_column"
-        )
+        raise DataError(f"the source {config.kind} {config.path} holds no pictures; check path and image_column")
     return ArrayPixels(np.stack(pixels))
 
 

@@ -40,12 +40,8 @@ def prepare(path: str, overrides: Sequence[str] = ()) -> None:
 def show(path: str, overrides: Sequence[str] = ()) -> str:
     """Return the resolved config of any stage; for a model also its size, FLOPs and memory. Runs nothing."""
     config_class, _ = _stage(path, _TRAINED | _PREPARED)
-    config = load_config(config_class, path, overrides)
-    return (
-        show_model_run(config)
-        if isinstance(config, ModelRun)
-        else dump_config(config, read_yaml(path)[STAGE_KEY])
-    )
+    config: Any = load_config(config_class, path, overrides)
+    return show_model_run(config) if isinstance(config, ModelRun) else dump_config(config, read_yaml(path)[STAGE_KEY])
 
 
 def config_class_of(path: str) -> type:

@@ -139,9 +139,7 @@ def _with_background(text: str, background: str | None, rng: np.random.Generator
 
 _OBJECT = re.compile(rf"(?:an? )?(?:({'|'.join(SIZES)}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?![a-z])")
 _MEANING = {wording: relation for relation, wordings in _RELATION_WORDS.items() for wording in wordings}
-_JOINER = re.compile(
-    rf"(?:,? (?:which is )?({'|'.join(sorted(_MEANING, key=len, reverse=True))})|, and|,| and) "
-)
+_JOINER = re.compile(rf"(?:,? (?:which is )?({'|'.join(sorted(_MEANING, key=len, reverse=True))})|, and|,| and) ")
 _COUNT_LEAD = re.compile(rf"({'|'.join(_COUNTS)}) (?:{'|'.join(_COUNTED)})s?: ")
 _BACKGROUND = "|".join(BACKGROUNDS)
 _BACKGROUND_FIRST = re.compile(rf"on a ({_BACKGROUND}) background[:,] ")

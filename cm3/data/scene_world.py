@@ -113,9 +113,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
             for k, radius in enumerate([1.0, 0.45] * 5)
         ]
         xs, ys = zip(*corners, strict=True)
-        return [
-            ((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in corners
-        ]
+        return [((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in corners]
     raise ValueError(f"shape {shape!r} is unknown; choose one of {', '.join(SHAPES)}")
 
 

@@ -43,11 +43,7 @@ _PLACEMENT_TRIALS = 16
 _CORNERS = ((14, 14), (50, 14), (14, 50), (50, 50))  # four objects of any size fit here
 
 _KNOWN_KINDS = [
-    (size, color, shape)
-    for size in SIZES
-    for color in COLORS
-    for shape in SHAPES
-    if (color, shape) not in NOVEL_PAIRS
+    (size, color, shape) for size in SIZES for color in COLORS for shape in SHAPES if (color, shape) not in NOVEL_PAIRS
 ]
 _NOVEL_KINDS = [(size, color, shape) for size in SIZES for color, shape in sorted(NOVEL_PAIRS)]
 
@@ -106,8 +102,7 @@ def sample_scene(rng: np.random.Generator, split: str = "train") -> Scene:
     places = _sample_places(rng, [SIZES[size] for size, _, _ in kinds])
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     objects = [
-        SceneObject(shape, color, size, x, y)
-        for (size, color, shape), (x, y) in zip(kinds, places, strict=True)
+        SceneObject(shape, color, size, x, y) for (size, color, shape), (x, y) in zip(kinds, places, strict=True)
     ]
     return Scene(background, tuple(objects))
 
