@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cm3 import __version__
-from cm3.errors import CM3Error, RequestError
+from cm3.errors import CM3Error
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ def _caption(args: argparse.Namespace) -> None:
     model = _load(args)
     captions = model.caption(args.image, seed=args.seed, **_sampling(args))
     for path, caption in zip(args.image, captions, strict=True):
-        print(json.dumps({"path": path, "caption": caption}) if args.json else f"{path}\t{caption}")
+        if args.json:
+            print(json.dumps({"path": path, "caption": caption}))
+        else:
+            print(f"{path}\t{' '.join(caption.splitlines())}")
 
 
 def _infill_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +133,7 @@ def _infill(args: argparse.Namespace) -> None:
 
 def _complete_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", help="the beginning; the model writes on, with pictures if it draws them")
-    parser.add_argument("--out", default="out", metavar="FOLDER", help="where pictures go (default: out)")
+    parser.add_argument("--out", default="completed", metavar="FOLDER", help="where pictures go (default: completed)")
     _add_sampling(parser, guidance=False)
     _add_model(parser)
 
@@ -224,11 +227,13 @@ VERBS: dict[str, Verb] = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; importing nothing heavy."""
     parser = argparse.ArgumentParser(
         prog="cm3", description="Text to pictures and pictures to text with one CM3Leon-style transformer."
     )
     parser.add_argument("--version", action="version", version=f"cm3 {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     for name, verb in VERBS.items():
         sub = verbs.add_parser(
@@ -243,14 +248,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, or 2 after a one-line error on stderr."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         VERBS[args.verb].run(args)
-    except CM3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {RequestError(error)}", file=sys.stderr)
+    except (CM3Error, OSError) as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -21,7 +21,6 @@ def save_image(path: str | Path, image: Image.Image) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise RequestError(f"pictures are written as PNG, but {path} does not end in .png; choose {path.stem}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return path

@@ -183,6 +183,8 @@ class CM3:
             if not text.strip():
                 raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
         seeds = tuple(range(seed, seed + num_images))
+        if not prompts:
+            return []
         requests = [self._prompts.text_to_image(self.tokenizer.text.encode(text), seeds=seeds) for text in prompts]
         outputs = self._engine.run(requests, self._settings(sampling))
         codes = np.stack([self._prompts.image_codes(ids).ravel() for samples in outputs for ids in samples])
@@ -202,7 +204,8 @@ class CM3:
         Args:
             image: One picture or several; each is cropped to its central square and resized.
             seed: Seed of each caption.
-            sampling: Fields of `SamplingSettings`; the likeliest tokens are taken where no temperature is given.
+            sampling: Fields of `SamplingSettings`; the likeliest tokens are taken where no temperature is given, and
+                guidance is off.
 
         Returns:
             The caption, or one for each of several pictures.
@@ -247,12 +250,11 @@ class CM3:
         original = load_image(image)
         left, top, side = _central_square(original, box)
         square = to_square(original, self.image_size)
-        scale = self.image_size / side
-        inner = (
-            int((box[0] - left) * scale),
-            int((box[1] - top) * scale),
-            int(np.ceil((box[2] - left) * scale)),
-            int(np.ceil((box[3] - top) * scale)),
+        inner = (  # rounded outwards, in integers: a float could round past the picture
+            (box[0] - left) * self.image_size // side,
+            (box[1] - top) * self.image_size // side,
+            -((left - box[2]) * self.image_size // side),
+            -((top - box[3]) * self.image_size // side),
         )
         codes_HW = self._encode([square])[0]
         mask_HW = box_mask(inner, (self.image_size, self.image_size), self.tokenizer.image.grid)
@@ -294,7 +296,9 @@ class CM3:
                 "which leaves no room; shorten it"
             )
         request = self._prompts.complete(
-            tokenized.segments, max_new_tokens=min(room, max_new_tokens or room), seeds=(seed,)
+            tokenized.segments,
+            max_new_tokens=room if max_new_tokens is None else min(room, max_new_tokens),
+            seeds=(seed,),
         )
         new_ids = self._engine.run([request], self._settings({**sampling, "guidance_scale": 1.0}))[0][0]
         ids = np.concatenate([np.asarray(request.prompt_ids), new_ids])

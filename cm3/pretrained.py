@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cm3.errors import RequestError
+from cm3.checkpoint import read_json
+from cm3.errors import ModelFilesError, RequestError
 
 DEMO = "demo"
 """Name of the model inside this package."""
+
+CONFIG_FILE = "config.json"
+MODEL_TYPE = "open-cm3"
+"""What `model_type` in `config.json` says of our models."""
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
 
@@ -27,11 +32,12 @@ def resolve_model(name: str | Path, *, revision: str | None = None, token: str |
 
     Raises:
         RequestError: the name leads nowhere.
+        ModelFilesError: what is there is no model of ours.
     """
-    if str(name) == DEMO:
-        return demo_folder()
-    if Path(name).is_dir():
-        return Path(name)
+    if str(name) == DEMO or Path(name).is_dir():
+        folder = demo_folder() if str(name) == DEMO else Path(name)
+        _check_type(folder)
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -39,9 +45,23 @@ def resolve_model(name: str | Path, *, revision: str | None = None, token: str |
     if Path(name).is_absolute() or str(name).count("/") > 1 or str(name).startswith("."):
         raise RequestError(f"{asked}; check the path, or use `demo`")
     try:
+        folder = Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=CONFIG_FILE))
+        _check_type(folder)  # before gigabytes of somebody else's weights come
         return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=_HUB_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(
             f"{asked} and could not be had from the Hub ({reason}); check the name, or use `demo`"
         ) from None
+
+
+def _check_type(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelFilesError(
+            f"{folder} has no {CONFIG_FILE}, so it is no model folder; give one that `cm3 train` or save_pretrained wrote"
+        )
+    found = read_json(folder / CONFIG_FILE).get("model_type")
+    if found != MODEL_TYPE:
+        raise ModelFilesError(
+            f"{folder} holds a model of type {found!r}, this code runs {MODEL_TYPE!r}; choose another"
+        )

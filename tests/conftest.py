@@ -15,6 +15,7 @@ atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors here are tiny: more threads are slower
 os.environ["HF_HOME"] = os.path.join(_scratch, "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # values are compared bit for bit; set it to test on a GPU
 # an own folder: the lock of a build that was killed would stop every later one
 os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(_scratch, "extensions")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

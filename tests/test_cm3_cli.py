@@ -71,7 +71,7 @@ def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
         (["generate", "a star", "--num-images", "0"], "num_images=0"),
         (["generate", "a star " * 200], "positions"),
         (["caption", "missing.png"], "missing.png"),
-        (["caption", __file__], "is not a picture"),
+        (["caption", __file__], "no picture format"),
         (["infill", "{picture}", "--box", "0,0,99,99"], "central square"),
         (["infill", "{picture}", "--box", "4,4,8,8", "--out", "filled.jpg"], ".png"),
         (["train", "missing.yaml"], "missing.yaml"),
@@ -111,6 +111,11 @@ def test_help_needs_no_torch():
         "import sys, cm3.cli\ntry: cm3.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_argument_that_the_deepspeed_launcher_adds_is_taken(capsys):
+    code, _, error = run(capsys, "--local_rank=0", "train", "missing.yaml")
+    assert code == 2 and "missing.yaml" in error
 
 
 def test_help_after_a_config_lists_its_settings(capsys):

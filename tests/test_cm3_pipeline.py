@@ -39,6 +39,10 @@ def test_a_picture_depends_on_its_prompt_and_seed_only(model):
     assert pixels(together[0][0]) != pixels(together[0][1])
 
 
+def test_no_prompts_give_no_pictures(model):
+    assert model.generate([]) == []
+
+
 def test_defaults_of_the_folder_are_used(model):
     assert model.settings() == model.settings(guidance_scale=2.0, top_p=0.95)
     given = model.generate(PROMPTS[0], guidance_scale=2.0, top_p=0.95)
@@ -104,9 +108,11 @@ def test_half_precision_works(model_folder):
         (lambda m, p: m.generate("a star", topp=0.5), "'topp' is unknown"),
         (lambda m, p: m.caption("nowhere.png"), "nowhere.png"),
         (lambda m, p: m.caption(b"no picture"), "picture"),
+        (lambda m, p: m.caption([np.zeros((4, 4, 3), np.uint8)]), "found ndarray"),
         (lambda m, p: m.infill(p, box=(0, 0, 10, 10)), "central square"),
         (lambda m, p: m.infill(p, box=(30, 20, 30, 30)), "central square"),
         (lambda m, p: m.complete("a star " * 100), "shorten"),
+        (lambda m, p: m.complete("a star", max_new_tokens=0), "max_new_tokens"),
         (lambda m, p: CM3.from_pretrained("no/such/folder"), "no/such/folder"),
         (lambda m, p: CM3.from_pretrained("nobody/nothing"), "nobody/nothing"),
         (lambda m, p: CM3.from_pretrained("demo", device="abacus"), "abacus"),

@@ -1,17 +1,22 @@
 """Every file in configs/ parses strictly, fits its class, and says how it is run and what comes of it."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from cm3.cli import build_parser
 from cm3.config import STAGE_KEY, dump_config, load_config, read_yaml
 from cm3.eval.run import EvalRun
 from cm3.model.config import named_size, parameter_count
 from cm3.model.transformer import Transformer
+from cm3.training.config import ModelRun
 from cm3.training.stages import config_class_of
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
 
 
@@ -66,3 +71,16 @@ def test_pretraining_has_the_published_sizes(size):
     assert config.batch_rows * config.data.sequence_length == 2**23
     tokens = {"350m": 1.4e12, "760m": 1.9e12, "7b": 2.4e12}[size]
     assert config.steps * 2**23 == pytest.approx(tokens, rel=0.01)
+
+
+def test_the_commands_of_the_readme_parse():
+    commands = re.findall(r"^cm3 .+$", README, re.MULTILINE)
+    assert len(commands) >= 8
+    for command in commands:
+        args = build_parser().parse_args(shlex.split(command, comments=True)[1:])
+        assert not hasattr(args, "config") or (ROOT / args.config).is_file(), command
+
+
+def test_the_launch_in_the_readme_splits_a_step_evenly():
+    [(processes, path, overrides)] = re.findall(r"torchrun --nproc_per_node (\d+) -m cm3 train (\S+) ?([^`]*)`", README)
+    assert load_config(ModelRun, ROOT / path, overrides.split()).accumulation_steps(int(processes)) == 1

@@ -162,6 +162,8 @@ def test_split_limit_and_glob_of_parquet(tmp_path):
     held_out = open_source(SourceConfig(**made, split="validation"))
     assert [document.segments[0].text for document in held_out] == ["held out"]
     assert len(open_source(SourceConfig(**made, limit=2))) == 2
+    with pytest.raises(DataError, match=r"holds no test\*\.parquet"):  # never another split in its place
+        open_source(SourceConfig(**made, split="test"))
     assert len(open_source(SourceConfig(kind="parquet", path=str(tmp_path / "*.parquet")))) == 4
 
 
@@ -201,6 +203,26 @@ def test_bad_rows_are_counted_named_and_skipped(tmp_path):
         assert word in reason
     with pytest.raises(DataError, match=r"rows\.jsonl:7: not valid JSON"):
         source[5]
+
+
+def test_a_bad_line_of_a_folder_s_metadata_is_a_bad_row(tmp_path):
+    made = make_folder_with_jsonl(tmp_path)
+    with (tmp_path / "metadata.jsonl").open("a", encoding="utf-8") as file:
+        file.write('\nnot json\n{"file_name": "0.png", "text": "half \\ud83d"}\n')
+    source = open_source(SourceConfig(**made, max_bad_fraction=0.9))
+    assert [document.segments[0].text for document in source] == CAPTIONS
+    for reason, (line, word) in zip(source.report.bad_rows, [(4, "JSON"), (5, "Unicode")], strict=True):
+        assert reason.startswith(f"{tmp_path}/metadata.jsonl:{line}: ") and word in reason
+
+
+def test_metadata_of_a_spreadsheet_has_a_byte_order_mark(tmp_path):
+    made = make_folder_with_csv(tmp_path)
+    path = tmp_path / "metadata.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [document.segments[0].text for document in open_source(SourceConfig(**made))] == CAPTIONS
+    path.write_bytes(b"file_name,text\n0.png,\xff\n")
+    with pytest.raises(DataError, match=r"metadata\.csv is not a CSV file in UTF-8"):
+        open_source(SourceConfig(**made))
 
 
 def test_too_many_bad_rows_stop_the_reading(tmp_path):

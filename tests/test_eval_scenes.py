@@ -131,3 +131,9 @@ def test_true_captions_get_full_marks():
 def test_grades_captions(caption, right, spurious, parsed):
     score = caption_score(PAIR, caption)
     assert (score.parsed, score.objects, score.objects_right, score.spurious) == (parsed, 2, right, spurious)
+
+
+@pytest.mark.slow
+def test_reads_5000_rendered_scenes_back_exactly():
+    scenes = [item.scene for item in SceneDataset("train", 11, 5000)]
+    assert np.mean([same(scene, read_scene(render(scene)), 0) for scene in scenes]) >= 0.995

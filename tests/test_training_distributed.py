@@ -29,6 +29,7 @@ def train(config, folder, num_processes, name):
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", f"--master-port={port}"]
     command = [sys.executable, *launcher, "-m", "cm3", "train", str(path)]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two processes do not share one GPU
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -10,6 +10,7 @@ import torch
 from tiny_run import TOKENIZER_HASH, VOCABULARY, losses, prepare, tiny_run
 
 from cm3.checkpoint import load_tensors
+from cm3.data.shards import ShardedDocuments
 from cm3.errors import ConfigError, ModelFilesError
 from cm3.model.config import ModelConfig
 from cm3.model.pretrained import TOKENIZER_FILES, load_model
@@ -106,6 +107,26 @@ def test_another_model_is_not_resumed(folder):
     model = dataclasses.replace(tiny_run(folder, folder).model, num_layers=3)
     with pytest.raises(ModelFilesError, match=r"another model: missing .*blocks\.2"):
         run_from(folder, "whole", model=model)
+
+
+def test_a_model_of_another_width_is_not_resumed(folder):
+    model = dataclasses.replace(tiny_run(folder, folder).model, width=64)
+    with pytest.raises(ModelFilesError, match=r"another model: .* instead of \("):
+        run_from(folder, "whole", model=model)
+
+
+def test_long_documents_are_named_and_a_run_that_was_set_back_goes_on(folder, capsys):
+    data = dataclasses.replace(tiny_run(folder / "data", folder).data, sequence_length=10)
+    changes = {"data": data, "steps": 6, "checkpoint_interval": 2, "evaluation_interval": 0}
+    run_from(folder, "back", **changes)
+    too_long = int((ShardedDocuments(folder / "data").lengths > 10).sum())
+    assert too_long and f"left out {too_long} of 48 documents" in capsys.readouterr().out
+    checkpoints = folder / "back" / "checkpoints"
+    (checkpoints / "latest").write_text("step_00000004")
+    for later in ("step_00000008", "step_00000010"):
+        (checkpoints / later).mkdir()
+    run_from(folder, "back", **changes)
+    assert latest_checkpoint(checkpoints).name == "step_00000006"
 
 
 def test_accumulation_equals_one_large_batch(folder):

@@ -25,6 +25,9 @@ IMAGE_TOKENIZER_CONFIG = "image_tokenizer.json"
 MAX_PIXELS = 1 << 26
 """Largest picture that is read, 67 million pixels; below Pillow's own limit."""
 
+_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are read; others may run programs (EPS) or hide their size (ICO)."""
+
 _FORMAT_VERSION = 1
 _CODEBOOK = "quantizer.codebook_QE"
 
@@ -44,10 +47,13 @@ def load_image(source: str | Path | bytes | Image.Image, max_pixels: int = MAX_P
             if isinstance(source, Image.Image):
                 image = source
             elif isinstance(source, bytes):
-                image = Image.open(io.BytesIO(source))
+                image = Image.open(io.BytesIO(source), formats=_FORMATS)
+            elif not isinstance(source, (str, Path)):
+                kind = type(source).__name__
+                raise DataError(f"a picture is a path, the bytes of a file or a PIL image, found {kind}; convert it")
             else:
                 name = str(source)
-                image = Image.open(source)
+                image = Image.open(source, formats=_FORMATS)
         _check_size(image.size, name, max_pixels)
         return _to_rgb(ImageOps.exif_transpose(image))
     except CM3Error:

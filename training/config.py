@@ -64,7 +64,7 @@ class ModelRun:
     evaluation_rows: int = 256
     """Rows of an evaluation."""
     checkpoint_interval: int = 1000
-    """Steps between checkpoints. 0 writes one only when the run is stopped by SIGTERM."""
+    """Steps between checkpoints; one more follows the last step, and one a SIGTERM. 0 leaves only those."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     log_interval: int = 10

@@ -20,7 +20,7 @@ from cm3.training.image_tokenizer_report import ImageTokenizerReport
 from cm3.training.image_tokenizer_state import ImageTokenizerState
 from cm3.training.perceptual import LPIPS
 from cm3.training.pixels import PixelSource, open_pixels, training_pixels
-from cm3.training.stopping import stop_signal
+from cm3.training.stopping import is_due, stop_signal
 
 INITIALIZATION_VECTORS_PER_CODE = 20
 """Latents that k-means sees for each code."""
@@ -41,7 +41,6 @@ def run(config: ImageTokenizerRun) -> Path | None:
     print(yaml, flush=True)
     write_text(output / "config.yaml", yaml)
     data = open_pixels(config.data, config.vqgan.image_size, config.max_images_in_memory)
-    report = ImageTokenizerReport(config)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
@@ -51,6 +50,7 @@ def run(config: ImageTokenizerRun) -> Path | None:
     if checkpoint.exists():
         state.load(checkpoint)
         print(f"resumed from {checkpoint} at step {state.step}", flush=True)
+    report = ImageTokenizerReport(config, state.step)
     print(f"{state.num_parameters / 1e6:.2f}M parameters, {len(data)} pictures, {device.type}", flush=True)
 
     start, first_step, stopped = time.perf_counter(), state.step, False
@@ -132,11 +132,6 @@ def learning_rate_at(step: int, config: ImageTokenizerRun) -> float:
     """Linear warm-up, then a cosine to 0 at the end; the first step is 0."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether something done every `interval` steps (0: never) is done after this one."""
-    return interval > 0 and step % interval == 0
 
 
 def _load_perceptual(config: ImageTokenizerRun, device: torch.device) -> LPIPS | None:

@@ -64,7 +64,7 @@ class ImageTokenizerRun:
     evaluation_images: int = 512
     """Most pictures of an evaluation."""
     checkpoint_interval: int = 500
-    """Steps between checkpoints. 0 writes one only when the run is stopped by SIGTERM."""
+    """Steps between checkpoints; one more follows the last step, or SIGTERM. 0 leaves only that one."""
     seed: int = 0
     """Seed of the weights, the data order and the codebook."""
     output: str

@@ -13,7 +13,7 @@ from cm3.tokenizers.image import model_to_pixels, pixels_to_model
 from cm3.training.codebook import CodebookUsage
 from cm3.training.image_tokenizer_config import ImageTokenizerRun
 from cm3.training.image_tokenizer_state import ImageTokenizerState
-from cm3.training.metrics import duration
+from cm3.training.metrics import duration, open_metrics
 from cm3.training.pixels import open_pixels
 
 GRID_PICTURES = 16
@@ -23,14 +23,15 @@ MAX_PSNR = 99.0
 class ImageTokenizerReport:
     """Writes the same numbers to the console and `metrics.jsonl`; holds the validation pictures."""
 
-    def __init__(self, config: ImageTokenizerRun) -> None:
+    def __init__(self, config: ImageTokenizerRun, start_step: int = 0) -> None:
+        """Read the validation pictures, and open the files of a run that goes on after `start_step`."""
         self._config = config
         self._output = Path(config.output)
         self._validation_BHWC: np.ndarray | None = None
         if config.validation is not None:
             source = open_pixels(config.validation, config.vqgan.image_size, config.max_images_in_memory)
             self._validation_BHWC = source.pixels(np.arange(min(len(source), config.evaluation_images)))
-        self._file = (self._output / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = open_metrics(self._output / "metrics.jsonl", start_step)
 
     def training(self, step: int, values: dict[str, float]) -> None:
         """Report a training step; `values` has the keys of `training_line`."""

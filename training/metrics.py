@@ -4,7 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -19,10 +19,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, total_steps: int, start_step: int = 0) -> None:
         """Open the files of a run that goes on after `start_step`; lines of later steps are dropped."""
         self.total_steps = total_steps
-        path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= start_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_metrics(folder / "metrics.jsonl", start_step)
         self._board = _tensorboard(folder / "tensorboard")
 
     def training(self, step: int, values: dict[str, float]) -> None:
@@ -94,6 +91,14 @@ class Window:
         values = self.losses() | {"tokens_per_second": self._tokens / max(1e-9, self._seconds)}
         self._clear()
         return values
+
+
+def open_metrics(path: Path, start_step: int) -> TextIO:
+    """Open the lines of a run that goes on after `start_step`; later steps and a half-written line are dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= start_step))
+    return path.open("a", encoding="utf-8")
 
 
 def training_line(step: int, total_steps: int, values: dict[str, float]) -> str:

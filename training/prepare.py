@@ -124,8 +124,8 @@ def run(config: PrepareConfig) -> Path:
     yaml = dump_config(config, stage="prepare")
     print(yaml, flush=True)
     output = Path(config.output)
-    (output / SHARDS_FOLDER / INDEX_FILE).unlink(missing_ok=True)
     preparer = Preparer(config)
+    (output / SHARDS_FOLDER / INDEX_FILE).unlink(missing_ok=True)
     preparer.tokenizer.save(output)
     write_text(output / "config.yaml", yaml)
 
@@ -156,6 +156,8 @@ class Preparer:
         image = ImageTokenizer.load(config.image_tokenizer)
         vocabulary = Vocabulary.build(text.size, image.num_codes, config.num_sentinels)
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        if config.device == "cuda" and automatic == "cpu":
+            raise ConfigError("device=cuda, but torch finds no GPU here; choose auto or cpu")
         image.batch_size = config.batch_size
         image.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         image.to(automatic if config.device == "auto" else config.device)
@@ -197,8 +199,17 @@ class Preparer:
             "tokenizer": self._tokenizer_hash,
             "precision": self.config.precision,
             "rows": [rows.start, rows.stop],
+            "files": _fingerprint(self.config.data.path),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of the raw files, so that changed rows are prepared anew."""
+    root = Path(path)
+    found = sorted(root.rglob("*")) if root.is_dir() else [root]
+    files = [file for file in found if path and file.is_file()]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _reports(config: PrepareConfig, preparer: Preparer) -> Iterator[PrepareReport]:

@@ -16,7 +16,7 @@ class Memory:
     weights: float
     """Working copy of the weights."""
     gradients: float
-    """Gradients, and the fp32 buffer that sums them over micro batches in bf16."""
+    """Gradients in the format of the weights; the fp32 buffer that sums bf16 micro batches is not counted."""
     optimizer: float
     """fp32 weights and Adam's two moments."""
     activations: float

@@ -76,7 +76,7 @@ class WeightAverage:
 def save_checkpoint(
     folder: Path, engine: Engine, state: RunState, average: WeightAverage | None, config_yaml: str, keep: int
 ) -> None:
-    """Write a checkpoint under `folder`, then `latest`, then delete all but the newest `keep`."""
+    """Write a checkpoint under `folder`, then `latest`, then delete all but the newest `keep` up to this step."""
     name = f"step_{state.step:08d}"
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,8 @@ def save_checkpoint(
             write_json(path / "state.json", asdict(state))
             write_text(path / "config.yaml", config_yaml)
         write_text(folder / "latest", name)
-        for old in sorted(folder.glob("step_*[0-9]"))[:-keep]:
+        # of a run that was set back to an earlier step, the later checkpoints do not count
+        for old in sorted(path for path in folder.glob("step_*[0-9]") if path.name <= name)[:-keep]:
             shutil.rmtree(old)
     else:
         for kind in STATE_KINDS:
@@ -138,4 +139,11 @@ def _read(path: Path, module: nn.Module) -> dict[str, Tensor]:
             f"{path} is of another model: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; "
             "resume with the model settings of the run or choose another output"
         )
+    for name, parameter in parameters.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # at ZeRO stage 3 a parameter is a share
+        if tuple(tensors[name].shape) != shape:
+            raise ModelFilesError(
+                f"{path} is of another model: {name} is {tuple(tensors[name].shape)} instead of {shape}; "
+                "resume with the model settings of the run or choose another output"
+            )
     return tensors

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM lets the loop save and leave."""
+"""When a training loop acts: every so many steps, and at SIGTERM, which lets it save and leave."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -14,3 +14,8 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Return whether something done every `interval` steps (0: never) is done after this one."""
+    return interval > 0 and step % interval == 0

@@ -5,9 +5,8 @@ The loss is the mean over all targets of a step (spec 2.3), whatever its split i
 
 import itertools
 import math
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from cm3.training.export import export_model
 from cm3.training.metrics import MetricsWriter, Window, peak_flops
 from cm3.training.optimizer import learning_rate_at, make_optimizer
 from cm3.training.state import RunState, WeightAverage, latest_checkpoint, load_checkpoint, save_checkpoint
+from cm3.training.stopping import is_due, stop_signal
 
 
 def run(config: ModelRun) -> Path | None:
@@ -47,6 +47,11 @@ def run(config: ModelRun) -> Path | None:
 
     train_data, validation_data = open_data(config)
     loader = make_loader(config, train_data, evaluation=False)
+    if loader.num_too_long:
+        report(
+            f"left out {loader.num_too_long} of {len(train_data)} documents, longer than "
+            f"data.sequence_length={config.data.sequence_length}"
+        )
 
     torch.manual_seed(config.seed)
     module = LossModule(Transformer(config.model), train_data.vocabulary, config)
@@ -118,11 +123,13 @@ def run(config: ModelRun) -> Path | None:
                     validation = evaluate(engine, config, validation_data)
                 if writer:
                     writer.validation(step, validation)
-            if is_due(step, config.checkpoint_interval) or stopped:
+            if is_due(step, config.checkpoint_interval) or stopped or step == config.steps:
                 save_checkpoint(output / "checkpoints", engine, state, average, yaml, config.keep_checkpoints)
             window.start_lap()
 
     if state.step < config.steps:
+        if writer:
+            writer.close()
         report(f"stopped at step {state.step} of {config.steps}; the same command goes on from there")
         return None
     with average.applied() if average else nullcontext():
@@ -225,22 +232,6 @@ def evaluate(engine: Engine, config: ModelRun, data: ShardedDocuments) -> dict[s
         window.add(sums)
     engine.module.train()
     return window.losses()
-
-
-@contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGTERM came; the loop then saves and leaves."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Return whether something done every `interval` steps (0: never) is done after this one."""
-    return interval > 0 and step % interval == 0
 
 
 def report(message: str) -> None:

@@ -53,11 +53,17 @@ class Table:
 
     @classmethod
     def from_parquet(cls, path: str, split: str, columns: list[str]) -> Table:
-        """A Parquet file, a glob, or a folder: its `<split>*.parquet` (also under data/), else all it has."""
+        """A Parquet file, a glob, or a folder: its `<split>*.parquet` (also under data/).
+
+        Of a folder without split names, "train" is all it has; another split is then an error.
+        """
         if Path(path).is_dir():
             folders = (Path(path), Path(path, "data"))
             files = [file for folder in folders for file in sorted(folder.glob(f"{split}*.parquet"))]
-            files = files or sorted(Path(path).glob("*.parquet"))
+            if not files and split == "train":
+                files = sorted(Path(path).glob("*.parquet"))
+            if not files:
+                raise DataError(f"{path} holds no {split}*.parquet; check path and split")
         else:
             files = _files(path)
         if not files:
@@ -112,50 +118,52 @@ class JSONLines:
 
 
 class Folder:
-    """A folder of images, with sub-folders. Captions: a .txt beside each image, or metadata.jsonl /
-    metadata.csv."""
+    """A folder of images, with sub-folders; captions in a .txt beside each image, metadata.jsonl or metadata.csv."""
 
     def __init__(self, path: str, image_column: str | None) -> None:
         self._root, self._image_column = Path(path), image_column or "image"
         if not self._root.is_dir():
             raise DataError(f"{path} is not a folder; give a folder of images")
-        self._rows: list[dict[str, Any]] | None = self._metadata()
-        self._images = [] if self._rows is not None else self._find_images()
+        self._metadata = self._find_metadata()
+        self._images = [] if self._metadata is not None else self._find_images()
 
-    def _metadata(self) -> list[dict[str, Any]] | None:
+    def _find_metadata(self) -> JSONLines | list[dict[str, Any]] | None:
         if (self._root / "metadata.jsonl").is_file():
-            lines = JSONLines(str(self._root / "metadata.jsonl"), None)
-            return [dict(lines.row(index)) for index in range(len(lines))]
-        if (self._root / "metadata.csv").is_file():
-            with (self._root / "metadata.csv").open(newline="", encoding="utf-8") as file:
+            return JSONLines(str(self._root / "metadata.jsonl"), None)
+        path = self._root / "metadata.csv"
+        if not path.is_file():
+            return None
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
                 return list(csv.DictReader(file))
-        return None
+        except (ValueError, csv.Error) as error:
+            raise DataError(f"{path} is not a CSV file in UTF-8 ({error}); save it as one") from error
 
     def _find_images(self) -> list[Path]:
         return sorted(file for file in self._root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
 
     def __len__(self) -> int:
-        return len(self._images) if self._rows is None else len(self._rows)
+        return len(self._images) if self._metadata is None else len(self._metadata)
 
     def name(self, index: int) -> str:
-        return str(self._images[index]) if self._rows is None else f"{self._root}/metadata:{index}"
+        if isinstance(self._metadata, JSONLines):
+            return self._metadata.name(index)
+        return str(self._images[index]) if self._metadata is None else f"{self._root}/metadata.csv:{index}"
 
     def row(self, index: int) -> Mapping[str, Any]:
-        if self._rows is None:
+        if self._metadata is None:
             image = self._images[index]
             return {"text": lambda: _read_text(image.with_suffix(".txt")), self._image_column: str(image)}
-        row = self._rows[index]
+        row = self._metadata.row(index) if isinstance(self._metadata, JSONLines) else self._metadata[index]
         if not isinstance(row.get("file_name"), str):
             raise DataError("no column 'file_name' with the image's path")
         return {**row, self._image_column: str(self._root / row["file_name"])}
 
 
 class WebDataset:
-    """Tar files whose members share a key up to the first dot: `0001.jpg`, `0001.txt`, `0001.json` are one
-    row.
+    """Tar files whose members share a key up to the first dot: `0001.jpg`, `0001.txt`, `0001.json` are one row.
 
-    Columns: `image` (bytes), `text` (.txt, else `text` or `caption` of .json) and every key of .json. The
-        members'
+    Columns: `image` (bytes), `text` (.txt, else `text` or `caption` of .json) and every key of .json. The members'
     places in the tars are read once, so rows are random access; the tars must be plain, not compressed.
     """
 

@@ -1,5 +1,4 @@
-"""Where documents come from: one config, one `Source`, whatever the raw layout; bad rows are counted, named,
-skipped."""
+"""Where documents come from: one config, one `Source`, whatever the raw layout; bad rows are counted and skipped."""
 
 from __future__ import annotations
 
@@ -180,6 +179,10 @@ class Source:
         texts = [value for value in values if isinstance(value, str) and value.strip()]
         if not texts:
             raise DataError(f"no text in {' or '.join(columns)} (found {', '.join(repr(v)[:40] for v in values)})")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise DataError(f"the text is not valid Unicode ({error.reason})") from error
         return texts
 
 

@@ -21,6 +21,10 @@ class SamplingSettings:
     """How far to overstate the effect of the prompt (classifier-free); 1 is off and costs half as much."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int if field.name == "top_k" else int | float) or isinstance(value, bool):
+                raise RequestError(f"{field.name}={value!r} is no number that fits; give {field.type}")
         limits = {
             "temperature": (self.temperature >= 0, "0 or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),

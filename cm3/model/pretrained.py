@@ -13,10 +13,9 @@ from cm3.checkpoint import load_model_weights, load_strict, read_json, save_mode
 from cm3.errors import CM3Error, ModelFilesError
 from cm3.model.config import ModelConfig
 from cm3.model.transformer import Transformer
+from cm3.pretrained import CONFIG_FILE, MODEL_TYPE
 
 FORMAT_VERSION = 1
-MODEL_TYPE = "open-cm3"
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
 TOKENIZER_FILES = ("tokenizer.model", "image_tokenizer.safetensors", "image_tokenizer.json", "vocabulary.json")
