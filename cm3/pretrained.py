@@ -58,7 +58,8 @@ def resolve_model(name: str | Path, *, revision: str | None = None, token: str |
 def _check_type(folder: Path) -> None:
     if not (folder / CONFIG_FILE).is_file():
         raise ModelFilesError(
-            f"{folder} has no {CONFIG_FILE}, so it is no model folder; give one that `cm3 train` or save_pretrained wrote"
+            f"{folder} has no {CONFIG_FILE}, so it is no model folder; give one that `cm3 train` or save_pretrained"
+            " wrote"
         )
     found = read_json(folder / CONFIG_FILE).get("model_type")
     if found != MODEL_TYPE:
