@@ -25,7 +25,7 @@ IMAGE_TOKENIZER_CONFIG = "image_tokenizer.json"
 MAX_PIXELS = 1 << 26
 """Largest picture that is read, 67 million pixels; below Pillow's own limit."""
 
-_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; others may run programs (EPS) or hide their size (ICO)."""
 
 _FORMAT_VERSION = 1
