@@ -16,16 +16,12 @@ from cm3.errors import DataError
 from cm3.eval.document_tasks import PairSet, caption_of, picture_of
 from cm3.eval.images import psnr
 from cm3.eval.nlvr_reader import BoxKind, kinds, parse_box_caption, read_box
-from cm3.eval.report import Estimate, TaskResult, mean, proportion, ratio
+from cm3.eval.report import Estimate, TaskResult, mean, ratio, share
 from cm3.pipeline import CM3
 from cm3.tokenizers.document import Document
 from cm3.tokenizers.image import to_square
 
 Kinds = Counter[BoxKind]
-
-
-def _share(values: Sequence[bool]) -> Estimate:
-    return proportion(sum(values), len(values))
 
 
 def _read(images: Sequence[Image]) -> list[Kinds]:
@@ -65,8 +61,8 @@ class BoxReconstruction:
         after = model.reconstruct(before)
         read_before, read_after = _read(before), _read(after)
         metrics = {
-            "originals read exactly": _share([a == b for a, b in zip(read_before, truth, strict=True)]),
-            "round trip read as the original": _share([a == b for a, b in zip(read_after, read_before, strict=True)]),
+            "originals read exactly": share([a == b for a, b in zip(read_before, truth, strict=True)]),
+            "round trip read as the original": share([a == b for a, b in zip(read_after, read_before, strict=True)]),
             "PSNR (dB)": mean([psnr(*pair) for pair in zip(before, after, strict=True)]),
         }
         return TaskResult("box reconstruction", metrics, pairs.record(documents), time.monotonic() - start)
@@ -127,9 +123,9 @@ def _picture_metrics(drawn: Sequence[Kinds], wanted: Sequence[Kinds]) -> dict[st
     pairs = list(zip(drawn, wanted, strict=True))
     shared, stated = [(a & b).total() for a, b in pairs], [b.total() for _, b in pairs]
     return {
-        "all objects right": _share([a == b for a, b in pairs]),
-        "all shapes and colours right": _share([_without_sizes(a) == _without_sizes(b) for a, b in pairs]),
-        "number of objects right": _share([a.total() == b.total() for a, b in pairs]),
+        "all objects right": share([a == b for a, b in pairs]),
+        "all shapes and colours right": share([_without_sizes(a) == _without_sizes(b) for a, b in pairs]),
+        "number of objects right": share([a.total() == b.total() for a, b in pairs]),
         "objects right": ratio(shared, stated),
         "spurious objects for each object": ratio([(a - b).total() for a, b in pairs], stated),
     }
@@ -159,8 +155,8 @@ class BoxCaptioning:
         metrics = {
             "objects with all attributes right": ratio([(a & b).total() for a, b in graded], counts),
             "spurious objects for each object": ratio([(a - b).total() for a, b in graded], counts),
-            "captions in the grammar": _share([objects is not None for objects in parsed]),
-            "exact caption": _share([a == b for a, b in graded]),
+            "captions in the grammar": share([objects is not None for objects in parsed]),
+            "exact caption": share([a == b for a, b in graded]),
         }
         protocol = {**pairs.record(documents), "decoding": "greedy"}
         return TaskResult("box captioning", metrics, protocol, time.monotonic() - start)

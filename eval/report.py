@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ def proportion(successes: int, count: int, z: float = 1.96) -> Estimate:
     centre = (share + z * z / (2 * count)) / denominator
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / denominator
     return Estimate(share, min(centre - half, share), max(centre + half, share), count)
+
+
+def share(values: Iterable[bool | None]) -> Estimate:
+    """The share of True among the values that are stated; None is not."""
+    stated = [value for value in values if value is not None]
+    return proportion(sum(stated), len(stated))
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Estimate:

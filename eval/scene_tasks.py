@@ -13,16 +13,10 @@ from PIL import Image
 from cm3.data.scene_world import COLORS, SHAPES, SIDE, SIZES, SceneObject
 from cm3.data.scenes import NOVEL_PAIRS, SceneDataset
 from cm3.eval.images import psnr
-from cm3.eval.report import Estimate, TaskResult, mean, proportion, ratio
+from cm3.eval.report import Estimate, TaskResult, mean, ratio, share
 from cm3.eval.scenes import CaptionScore, SceneScore, caption_score, matches, read_scene
 from cm3.eval.task import fingerprint
 from cm3.pipeline import CM3
-
-
-def _share(values: list[bool | None]) -> Estimate:
-    """The share of True among the values that are stated."""
-    stated = [value for value in values if value is not None]
-    return proportion(sum(stated), len(stated))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +53,7 @@ class SceneReconstruction:
         pairs = list(zip(images, decoded, strict=True))
         exact = [_same(read_scene(before), read_scene(after)) for before, after in pairs]
         metrics = {
-            "scenes read back exactly": _share(list(exact)),
+            "scenes read back exactly": share(exact),
             "PSNR (dB)": mean([psnr(before, after) for before, after in pairs]),
         }
         return TaskResult("scene reconstruction", metrics, self.scenes.record(), time.monotonic() - start)
@@ -107,7 +101,7 @@ class SceneGeneration:
                 ]
             seconds = (time.monotonic() - clock) / len(examples)
             metrics |= {
-                f"{name}, guidance {scale:g}": _share([pick(score) for score in scores])
+                f"{name}, guidance {scale:g}": share([pick(score) for score in scores])
                 for name, pick in _PICTURE_MEASURES.items()
             }
             metrics[f"seconds a picture in batches of {self.batch_size}, guidance {scale:g}"] = mean([seconds])
@@ -141,9 +135,9 @@ class SceneCaptioning:
         metrics = {
             "objects with all attributes right": ratio([score.objects_right for score in scores], objects),
             "spurious objects for each object": ratio([score.spurious for score in scores], objects),
-            "captions in the grammar": _share([score.parsed for score in scores]),
-            "relations right": _share([score.relations_right for score in scores]),
-            "exact caption": _share([score.exact for score in scores]),
+            "captions in the grammar": share([score.parsed for score in scores]),
+            "relations right": share([score.relations_right for score in scores]),
+            "exact caption": share([score.exact for score in scores]),
         }
         protocol = {**self.scenes.record(), "decoding": "greedy"}
         return TaskResult("scene captioning", metrics, protocol, time.monotonic() - start)
@@ -172,8 +166,8 @@ class SceneInfilling:
             outside.append(bool((before == after).all()))
             inside.append(_holds(filled, replacement, box))
         metrics = {
-            "prompt's object in the box": _share(list(inside)),
-            "outside unchanged": _share(list(outside)),
+            "prompt's object in the box": share(inside),
+            "outside unchanged": share(outside),
         }
         protocol = {
             **self.scenes.record(),

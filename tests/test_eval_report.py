@@ -6,7 +6,7 @@ import math
 import pytest
 
 from cm3.eval.document_tasks import word_f1
-from cm3.eval.report import Estimate, TaskResult, mean, proportion, ratio, write_report
+from cm3.eval.report import Estimate, TaskResult, mean, proportion, ratio, share, write_report
 
 
 def test_wilson_interval_of_nine_in_ten():
@@ -52,3 +52,8 @@ def test_report_holds_numbers_and_protocol(tmp_path):
     assert values["model_hash"] == "abc" and values["results"][0]["protocol"] == {"seed": 3}
     assert values["results"][0]["metrics"]["none"]["value"] is None
     assert "| task | share | 0.5 |" in (tmp_path / "results.md").read_text()
+
+
+def test_share_leaves_out_what_is_not_stated():
+    estimate = share([True, None, False, True])
+    assert (estimate.value, estimate.count) == (2 / 3, 3)

@@ -20,6 +20,7 @@ from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfillin
 from cm3.model.config import ModelConfig
 from cm3.model.transformer import Transformer
 from cm3.pipeline import CM3
+from cm3.pretrained import demo_folder
 from cm3.tokenizers.document import DocumentTokenizer
 from cm3.tokenizers.image import ImageTokenizer
 from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
@@ -157,4 +158,6 @@ def test_the_evaluations_of_this_repository_load(path):
     if path.parent.name == "demo":
         tasks = (config.scene_reconstruction, config.scene_generation, config.scene_captioning, config.scene_infilling)
         assert all(task is not None and task.scenes == SceneSet(split="test", size=200) for task in tasks)
-        assert config.scene_generation.guidance_scales == (3.0, 1.0)
+        defaults = json.loads((demo_folder() / "generation_config.json").read_text())
+        assert config.scene_generation.guidance_scales == (defaults["guidance_scale"], 1.0)
+        assert config.scene_generation.temperature == defaults["temperature"]
