@@ -28,6 +28,19 @@ def test_shapes_for_every_downsampling(downsampling, multipliers, patch_size):
     torch.testing.assert_close(decoded_BCHW, out.reconstruction_BCHW.clamp(-1, 1))
 
 
+def test_block_encoder_sees_one_block_only():
+    config = VQGANConfig(**TINY, channel_multipliers=(1, 2), block_encoder=True)
+    encoder, image_BCHW = VQGAN(config).encoder, torch.rand(1, 3, 32, 32) * 2 - 1
+    latents_BEHW = encoder(image_BCHW)
+    assert latents_BEHW.shape == (1, 4, 4, 4)
+    changed_BCHW = torch.rand(1, 3, 32, 32) * 2 - 1
+    changed_BCHW[..., 8:16, 24:32] = image_BCHW[..., 8:16, 24:32]
+    same_BHW = (encoder(changed_BCHW) == latents_BEHW).all(dim=1)
+    assert same_BHW.nonzero().tolist() == [[0, 1, 3]]
+    shifted_BEHW = encoder(image_BCHW.roll((8, 16), dims=(2, 3)))
+    torch.testing.assert_close(shifted_BEHW, latents_BEHW.roll((1, 2), dims=(2, 3)))
+
+
 def test_paper_geometry_is_the_default():
     config = VQGANConfig()
     assert (config.grid, config.num_codes, config.code_width) == ((32, 32), 8192, 256)

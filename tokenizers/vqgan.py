@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -36,6 +37,10 @@ class VQGANConfig:
     """Residual blocks per level of the encoder; the decoder has one more."""
     attention: bool = True
     """Self-attention over the lowest resolution."""
+    block_encoder: bool = False
+    """Encode every block of `downsampling` x `downsampling` pixels by itself, without normalisation,
+    convolution or attention across blocks. Equal blocks then always have equal codes, which makes codes far
+    easier for a transformer to learn; the decoder still sees the whole picture."""
     num_codes: int = 8192
     """Codebook entries, at most 65536."""
     code_width: int = 256
@@ -137,6 +142,28 @@ class SpatialAttention(nn.Module):
         return x_BCHW + self.out(mixed_BCHW)
 
 
+class BlockEncoder(nn.Module):
+    """A residual MLP over the pixels of each block: (B, 3, H, W) to (B, E, H/downsampling, W/downsampling)."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.downsampling = config.downsampling
+        width = 2 * config.widths[-1]
+        self.fold = nn.Linear(3 * config.downsampling**2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            for _ in range(config.num_residual_blocks)
+        )
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.code_width))
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        side = self.downsampling
+        x_BHWC = self.fold(rearrange(image_BCHW, "b c (h i) (w j) -> b h w (c i j)", i=side, j=side))
+        for block in self.blocks:
+            x_BHWC = x_BHWC + block(x_BHWC)
+        return self.out(x_BHWC).movedim(-1, 1)
+
+
 def _middle(channels: int, attention: bool) -> nn.Sequential:
     blocks: list[nn.Module] = [ResidualBlock(channels, channels), ResidualBlock(channels, channels)]
     if attention:
@@ -190,7 +217,7 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _build_encoder(config)
+        self.encoder = BlockEncoder(config) if config.block_encoder else _build_encoder(config)
         self.quantizer = VectorQuantizer(config.num_codes, config.code_width, config.normalize_codes)
         self.decoder = _build_decoder(config)
 
