@@ -284,7 +284,9 @@ shape = dict(vocabulary_size=vocabulary.size, width=16, num_layers=1, num_heads=
 model = Transformer(ModelConfig(**shape, init_std=0.35, zero_init_outputs=False))
 prompts = Prompts(vocabulary, (4, 4))
 requests = [prompts.text_to_image([5, 6], seeds=(0, 1)), prompts.infill_text([5], [6], max_new_tokens=12)]
+requests.append(prompts.text_to_image([7]))
 settings = [SamplingSettings(guidance_scale=3.0, top_p=0.9), SamplingSettings(top_k=9, repetition_penalty=2.0)]
+settings.append(SamplingSettings(sampler="cd-k", guidance_interval=(0.25, 0.75)))
 plain, compiled = (
     [[ids.tolist() for ids in samples] for samples in engine.run(requests, settings)]
     for engine in (Engine(model, vocabulary), Engine(model, vocabulary, compile=True))

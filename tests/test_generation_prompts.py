@@ -39,6 +39,46 @@ def test_text_to_image_prompts_begin_training_rows():
     assert PROMPTS.text_to_image(None).prompt_ids == request.unconditional_ids
 
 
+def test_retrieved_documents_come_first_as_in_training():
+    """`E T1 B I1 B T2 B I2 B text B`: the beginning of one document made of all their segments."""
+    texts = [TextTokens(np.array(tokens)) for tokens in ([9, 8], [7], CAPTION)]
+    images = [ImageCodes((CODES + shift).astype(np.uint16)) for shift in (1, 2, 0)]
+    segments = [segment for pair in zip(texts, images) for segment in pair]
+    row = document_to_ids(TokenizedDocument(tuple(segments)), VOCABULARY).tolist()
+    context = [TokenizedDocument(tuple(segments[:2])), TokenizedDocument(tuple(segments[2:4]))]
+
+    request = PROMPTS.text_to_image(CAPTION, context=context)
+    assert request.prompt_ids == tuple(row[:-13])
+    docs = request.prompt_ids[1 : -len(CAPTION) - 1]
+    eos, masked, end = VOCABULARY.eos_id, VOCABULARY.sentinel_id(0), VOCABULARY.break_id
+    assert request.unconditional_ids == (eos, *docs, masked, end)
+    dropped = PROMPTS.text_to_image(CAPTION, context=context, unconditional_context="drop")
+    assert dropped.prompt_ids == request.prompt_ids and dropped.unconditional_ids == (eos, masked, end)
+    assert PROMPTS.text_to_image(None, context=context).prompt_ids == request.unconditional_ids
+
+    first, stop = 1 + len(docs), 1 + len(docs) + len(CAPTION)
+    moved = move_spans(np.array(row), np.array([[first + 1, stop]]), VOCABULARY).tolist()
+    captioned = PROMPTS.infill_text(CAPTION[:1], [], CODES, context=context, max_new_tokens=9)
+    assert starts(moved, captioned.prompt_ids) and moved[len(captioned.prompt_ids) :][:3] == CAPTION[1:]
+
+
+def test_a_negative_prompt_takes_the_place_of_the_masked_caption():
+    eos, end = VOCABULARY.eos_id, VOCABULARY.break_id
+    request = PROMPTS.text_to_image(CAPTION, negative=[9])
+    assert request.unconditional_ids == (eos, 9, end)
+    assert request.prompt_ids == PROMPTS.text_to_image(CAPTION).prompt_ids
+    document = TokenizedDocument((TextTokens(np.array([7])),))
+    assert PROMPTS.text_to_image(CAPTION, negative=[9], context=[document]).unconditional_ids == (eos, 7, end, 9, end)
+    filled = PROMPTS.infill_image(CODES, BOX, CAPTION, negative=[9])
+    assert filled.unconditional_ids == (eos, 9, *filled.prompt_ids[1 + len(CAPTION) :])
+
+
+def test_retrieved_pictures_of_another_grid_are_refused():
+    document = TokenizedDocument((ImageCodes(CODES.T.astype(np.uint16)),))
+    with pytest.raises(RequestError, match="an image has 4x3 codes, this model's images have 3x4"):
+        PROMPTS.text_to_image(CAPTION, context=[document])
+
+
 def test_caption_and_text_infill_prompts_begin_training_rows():
     for start, stop in [(1, 5), (1, 3), (2, 4), (4, 5)]:
         before, after = CAPTION[: start - 1], CAPTION[stop - 1 :]

@@ -1,11 +1,12 @@
 """The decoding engine: many requests, many samples of each, one static cache, one step for all rows.
 
 Every row has its own length, place in its grammar, seed and settings; nothing a row produces depends on its
-neighbours. Guidance rows are extra rows of the same forward pass with their own prompt and cache. Letters
-added: R rows of the forward pass (B rows that produce ids, then G guidance rows), U distinct prompts.
+neighbours. The prompts that a row is compared with (guidance, contrast) are further rows of the same forward
+pass with their own caches, there only while they are needed. Letters added: R rows of the forward pass (B rows
+that produce ids, then those they are compared with), U distinct prompts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from cm3.errors import RequestError
 from cm3.generation.grammar import END, GrammarTables, id_kinds
-from cm3.generation.request import Request, check_request
+from cm3.generation.request import Request, Row, check_request
 from cm3.generation.sampler import Sampler
 from cm3.generation.settings import SamplingSettings
 from cm3.model.cache import KeyValueCache
@@ -27,17 +28,19 @@ CHECK_INTERVAL = 8
 """Steps between two looks at the device while rows may end at any time; images have a known length."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sample of one request."""
+_Stream = tuple[int, tuple[int, ...]]
+"""A row of the forward pass: the row whose new ids it is fed, and the prompt before these."""
 
-    request: Request
-    settings: SamplingSettings
-    seed: int
 
-    @property
-    def is_guided(self) -> bool:
-        return self.settings.guidance_scale != 1
+@dataclass
+class _Streams:
+    """The rows of the forward pass, all static in shape until the next change of `Row.compared_at`."""
+
+    rows: list[_Stream]
+    cache: KeyValueCache
+    last_R: Int[Tensor, " R"]
+    owner_R: Int[Tensor, " R"]
+    sampler: Sampler
 
 
 @dataclass
@@ -45,16 +48,12 @@ class _Batch:
     """All that a step reads and writes: tensors of static shapes, updated in place."""
 
     tables: GrammarTables
-    cache: KeyValueCache
-    last_R: Int[Tensor, " R"]
-    owner_R: Int[Tensor, " R"]
     state_B: Int[Tensor, " B"]
     taken_B: Int[Tensor, " B"]
     left_B: Int[Tensor, " B"]
     step_1: Int[Tensor, " 1"]
     forced_BT: Int[Tensor, "B T"]
     output_BT: Int[Tensor, "B T"]
-    sampler: Sampler
 
 
 class Engine:
@@ -63,7 +62,7 @@ class Engine:
     Args:
         model: it stays where it is; the cache takes its device and number type.
         vocabulary: the id space of the model.
-        max_batch_rows: most rows of one forward pass, guidance rows included; more work is split.
+        max_batch_rows: most rows of one forward pass, those of compared prompts included; more work is split.
         compile: compile the step with `torch.compile`. The first steps of every new batch shape then take
             long: it pays where many batches of one shape follow.
     """
@@ -77,7 +76,7 @@ class Engine:
         self.vocabulary = vocabulary
         self.max_batch_rows = max_batch_rows
         self._kind_V = id_kinds(vocabulary)
-        self._step: Callable[[_Batch, bool], None] = self._decode_step
+        self._step: Callable[[_Batch, _Streams, bool], None] = self._decode_step
         if compile:
             self._step = torch.compile(self._decode_step, dynamic=False)
 
@@ -98,14 +97,15 @@ class Engine:
             For each request, for each of its seeds, the new ids (int64), with the one that ended the row.
 
         Raises:
-            RequestError: a request does not fit the model's context or budget, or guidance lacks a prompt.
+            RequestError: a request does not fit the model's context or budget, or guidance or contrast
+                lacks a prompt.
         """
         if isinstance(settings, SamplingSettings):
             settings = [settings] * len(requests)
         rows = []
         for index, (request, chosen) in enumerate(zip(requests, settings, strict=True)):
             check_request(index, request, chosen, self.model.config.max_positions, self._kind_V)
-            rows += [_Row(request, chosen, seed) for seed in request.seeds]
+            rows += [Row(request, chosen.of_sample(number), seed) for number, seed in enumerate(request.seeds)]
         with _evaluating(self.model), torch.inference_mode():
             outputs = iter([ids for part in self._parts(rows) for ids in self._run_rows(part)])
         return [[next(outputs) for _ in request.seeds] for request in requests]
@@ -129,12 +129,17 @@ class Engine:
                     scores.append(log_p_TV.gather(1, targets_T1).sum().item())
         return scores
 
-    def _parts(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        """The rows in order, in batches of at most `max_batch_rows` rows with their guidance rows."""
-        part: list[_Row] = []
+    def _parts(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """The rows in order, in batches of at most `max_batch_rows` rows, those of compared prompts included."""
+        part: list[Row] = []
         size = 0
         for row in rows:
-            cost = 2 if row.is_guided else 1
+            cost = len({row.request.prompt_ids, *row.compared})
+            if cost > self.max_batch_rows:
+                raise RequestError(
+                    f"guidance by picture and text takes {cost} rows of a forward pass, but max_batch_rows="
+                    f"{self.max_batch_rows}; choose {cost} or more"
+                )
             if size + cost > self.max_batch_rows:
                 yield part
                 part, size = [], 0
@@ -143,47 +148,93 @@ class Engine:
         if part:
             yield part
 
-    def _run_rows(self, rows: Sequence[_Row]) -> list[np.ndarray]:
+    def _run_rows(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Prefill and decode one batch; the new ids of each row."""
         batch = self._start(rows)
+        streams = self._regroup(rows, range(len(rows)), batch, 0, None)
+        changes = sorted(set().union(*(row.changes for row in rows)) - {0})
+        step = 0
         while True:
             states, taken, left = torch.stack([batch.state_B, batch.taken_B, batch.left_B]).tolist()
-            longest = max(0 if state == END else count for state, count in zip(states, left, strict=True))
+            running = [index for index, state in enumerate(states) if state != END]
+            longest = max((left[index] for index in running), default=0)
             if longest == 0:
                 break
+            if step in changes:
+                streams = self._regroup(rows, running, batch, step, streams)
+            until_change = min((change - step for change in changes if change > step), default=longest)
             image_steps = batch.tables.image_steps(states, taken)
-            for _ in range(min(image_steps or CHECK_INTERVAL, longest)):
-                self._step(batch, image_steps > 0)
+            num_steps = min(image_steps or CHECK_INTERVAL, longest, until_change)
+            for _ in range(num_steps):
+                self._step(batch, streams, image_steps > 0)
+            step += num_steps
         output_BT = batch.output_BT.cpu().numpy()
         lengths = [row.request.max_new_tokens - count for row, count in zip(rows, left, strict=True)]
         return [ids_T[:length].copy() for ids_T, length in zip(output_BT, lengths, strict=True)]
 
-    def _start(self, rows: Sequence[_Row]) -> _Batch:
-        """The batch before its first step: prompts prefilled but for their last ids, which the step feeds."""
+    def _start(self, rows: Sequence[Row]) -> _Batch:
+        """The batch before its first step."""
         device = self.device
-        guided = [index for index, row in enumerate(rows) if row.is_guided]
-        prompts = [row.request.prompt_ids for row in rows]
-        prompts += [rows[index].request.unconditional_ids or () for index in guided]
-        owners = [*range(len(rows)), *guided]
         budgets = [row.request.max_new_tokens for row in rows]
-        capacity = max(len(prompt) + budgets[owner] for prompt, owner in zip(prompts, owners, strict=True))
         tables = GrammarTables([row.request.grammar for row in rows], self.vocabulary, device)
         forced_BT = np.full((len(rows), max(budgets)), -1)
         for row, forced_T in zip(rows, forced_BT, strict=True):
             forced_T[: len(row.request.forced_ids)] = row.request.forced_ids
         return _Batch(
             tables=tables,
-            cache=self._prefill([prompt[:-1] for prompt in prompts], capacity),
-            last_R=torch.tensor([prompt[-1] for prompt in prompts], device=device),
-            owner_R=torch.tensor(owners, device=device),
             state_B=torch.tensor(tables.starts, device=device),
             taken_B=torch.zeros(len(rows), dtype=torch.long, device=device),
             left_B=torch.tensor(budgets, device=device),
             step_1=torch.zeros(1, dtype=torch.long, device=device),
             forced_BT=torch.from_numpy(forced_BT).to(device),
             output_BT=torch.full(forced_BT.shape, self.vocabulary.pad_id, device=device),
+        )
+
+    def _regroup(
+        self, rows: Sequence[Row], running: Iterable[int], batch: _Batch, step: int, before: _Streams | None
+    ) -> _Streams:
+        """The rows of the forward pass from a step on, those that produce ids first.
+
+        What was there before keeps its cache. Every other row catches up in one prefill of its prompt and the new
+        ids up to here, but for the last id, which the step feeds. Rows no longer needed are left behind.
+
+        Args:
+            running: rows that have not ended; the others are compared with nothing any more.
+        """
+        device = self.device
+        wanted: list[_Stream] = [(index, row.request.prompt_ids) for index, row in enumerate(rows)]
+        wanted += [(index, prompt) for index in running for prompt in rows[index].compared_at(step)]
+        places = {stream: place for place, stream in enumerate(before.rows if before else [])}
+        kept = [stream for stream in dict.fromkeys(wanted) if stream in places]
+        new = [stream for stream in dict.fromkeys(wanted) if stream not in places]
+        made_ids = batch.output_BT[:, :step].tolist()
+        capacity = max(
+            len(prompt) + row.request.max_new_tokens
+            for row in rows
+            for prompt in (row.request.prompt_ids, *row.compared)
+        )
+        caches = []
+        if before:
+            caches.append(before.cache.select(torch.tensor([places[stream] for stream in kept], device=device)))
+        if new:
+            caches.append(self._prefill([(*prompt, *made_ids[owner])[:-1] for owner, prompt in new], capacity))
+        streams = kept + new
+        number = {stream: index for index, stream in enumerate(streams)}
+        compared: list[list[int]] = [[] for _ in rows]
+        for index in running:
+            compared[index] = [number[index, prompt] for prompt in rows[index].compared_at(step)]
+        return _Streams(
+            rows=streams,
+            cache=_joined(caches),
+            last_R=torch.tensor([(*prompt, *made_ids[owner])[-1] for owner, prompt in streams], device=device),
+            owner_R=torch.tensor([owner for owner, _ in streams], device=device),
             sampler=Sampler(
-                [row.settings for row in rows], [row.seed for row in rows], guided, self.vocabulary, device
+                [row.settings for row in rows],
+                [row.seed for row in rows],
+                compared,
+                self.vocabulary,
+                device,
+                before.sampler.seen_BV if before else None,
             ),
         )
 
@@ -203,31 +254,33 @@ class Engine:
         pad_id = self.vocabulary.pad_id
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id).to(self.device)
 
-    def _decode_step(self, batch: _Batch, image_only: bool) -> None:
+    def _decode_step(self, batch: _Batch, streams: _Streams, image_only: bool) -> None:
         """Feed the last ids, draw the next ones. No branch on data and no synchronisation with the host.
 
         Args:
             image_only: no row can choose among anything but image ids: only their part of the head is used.
         """
         active_B = batch.state_B != END
-        hidden_R1D = self.model(batch.last_R[:, None], cache=batch.cache, num_new_B=active_B[batch.owner_R].long())
+        hidden_R1D = self.model(
+            streams.last_R[:, None], cache=streams.cache, num_new_B=active_B[streams.owner_R].long()
+        )
         image = self.vocabulary.image_range
         id_range = (image.start, image.stop) if image_only else None
         logits_RV = self.model.logits(hidden_R1D[:, 0], id_range).float()
         if image_only:
-            drawn_B = batch.sampler.draw(logits_RV, batch.step_1, None, first_id=image.start)
+            drawn_B = streams.sampler.draw(logits_RV, batch.step_1, None, first_id=image.start)
         else:
             allowed_BV = batch.tables.allowed(batch.state_B, batch.left_B)
-            drawn_B = batch.sampler.draw(logits_RV, batch.step_1, allowed_BV, first_id=0)
+            drawn_B = streams.sampler.draw(logits_RV, batch.step_1, allowed_BV, first_id=0)
 
         literal_B = batch.tables.literal(batch.state_B)
         forced_B = batch.forced_BT.index_select(1, batch.step_1)[:, 0]
         ids_B = torch.where(literal_B >= 0, literal_B, torch.where(forced_B >= 0, forced_B, drawn_B))
         if not image_only:
-            batch.sampler.see(ids_B, batch.tables.text_V[ids_B])
+            streams.sampler.see(ids_B, batch.tables.text_V[ids_B])
         state_B, taken_B = batch.tables.advance(batch.state_B, batch.taken_B, ids_B)
         batch.output_BT.index_copy_(1, batch.step_1, ids_B[:, None])
-        batch.last_R.copy_(ids_B[batch.owner_R])
+        streams.last_R.copy_(ids_B[streams.owner_R])
         batch.state_B.copy_(state_B)
         batch.taken_B.copy_(taken_B)
         batch.left_B.sub_(active_B.long())
@@ -243,3 +296,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _joined(caches: Sequence[KeyValueCache]) -> KeyValueCache:
+    """The rows of caches of one capacity, one after the other."""
+    if len(caches) == 1:
+        return caches[0]
+    return KeyValueCache(
+        torch.cat([cache.keys_LBSGK for cache in caches], dim=1),
+        torch.cat([cache.values_LBSGK for cache in caches], dim=1),
+        torch.cat([cache.lengths_B for cache in caches]),
+    )

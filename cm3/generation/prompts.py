@@ -3,11 +3,14 @@
 Every prompt followed by what its grammar lets through is a row as training makes it (spec 2.2, 2.6), with
 E `</s>`, B `<break>`, S `<sentinel>`:
 
-    text to image   E text B | codes
-    any image       E S0 B | codes
-    infill text     E before S0 after [B image] E S0 | text <eoss>
+    text to image   E [docs] text B | codes
+    any image       E [docs] S0 B | codes
+    infill text     E [docs] before S0 after [B image] E S0 | text <eoss>
     infill image    E text B codes S0 codes E S0 | codes <eoss>         (one S for every masked run of codes)
     complete        E segment [B segment ...] | ...
+
+Retrieved documents (docs) come before the rest, every one of their segments closed by B, as CM3Leon has it
+(figures 8 and 9): two pairs of text and image are E T1 B I1 B T2 B I2 B.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from cm3.errors import RequestError
 from cm3.generation import grammar
 from cm3.generation.grammar import After, Span
 from cm3.generation.request import Request
-from cm3.tokenizers.document import ImageCodes, TextTokens
+from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument
 from cm3.tokenizers.vocabulary import Vocabulary
 
 Codes = Integer[np.ndarray, "H W"]
@@ -36,12 +39,28 @@ class Prompts:
     grid: tuple[int, int]
     """Height and width of an image in codes."""
 
-    def text_to_image(self, text: Sequence[int] | None, *, seeds: Sequence[int] = (0,)) -> Request:
-        """An image for a caption, or any image (None); guidance compares with any image."""
-        anything = (self._eos, self.vocabulary.sentinel_id(0), self._break)
+    def text_to_image(
+        self,
+        text: Sequence[int] | None,
+        *,
+        negative: Sequence[int] | None = None,
+        context: Sequence[TokenizedDocument] = (),
+        unconditional_context: Literal["keep", "drop"] = "keep",
+        seeds: Sequence[int] = (0,),
+    ) -> Request:
+        """An image for a caption, or any image (None).
+
+        Args:
+            negative: what guidance moves away from; None: any image.
+            context: retrieved documents, in their order in the prompt.
+            unconditional_context: whether the prompt that guidance compares with keeps the context: "keep"
+                overstates the caption alone, "drop" the caption and the context.
+        """
+        docs = self._context(context)
+        compared_docs = docs if unconditional_context == "keep" else []
         return Request(
-            prompt_ids=anything if text is None else (self._eos, *self._text(text), self._break),
-            unconditional_ids=anything,
+            prompt_ids=(self._eos, *docs, *self._caption(text), self._break),
+            unconditional_ids=(self._eos, *compared_docs, *self._caption(negative), self._break),
             grammar=grammar.image(self._codes_per_image),
             max_new_tokens=self._codes_per_image,
             seeds=tuple(seeds),
@@ -53,6 +72,7 @@ class Prompts:
         after: Sequence[int],
         codes_HW: Codes | None = None,
         *,
+        context: Sequence[TokenizedDocument] = (),
         max_new_tokens: int,
         seeds: Sequence[int] = (0,),
     ) -> Request:
@@ -62,10 +82,11 @@ class Prompts:
         pieces of text carry the space before a word, so `before` should not end in one.
 
         Args:
+            context: retrieved documents, in their order in the prompt.
             max_new_tokens: budget of new ids; the `<eoss>` that ends the text is one of them.
         """
         sentinel = self.vocabulary.sentinel_id(0)
-        prompt = [self._eos, *self._text(before), sentinel, *self._text(after)]
+        prompt = [self._eos, *self._context(context), *self._text(before), sentinel, *self._text(after)]
         if codes_HW is not None:
             prompt += [self._break, *self._image(codes_HW)]
         return Request(
@@ -81,6 +102,7 @@ class Prompts:
         mask_HW: Bool[np.ndarray, "H W"],
         text: Sequence[int] | None,
         *,
+        negative: Sequence[int] | None = None,
         spans: Literal["runs", "single"] = "single",
         seeds: Sequence[int] = (0,),
     ) -> Request:
@@ -90,6 +112,7 @@ class Prompts:
             mask_HW: True where codes are to be made anew.
             text: the caption; None: it is masked too, by the sentinel after those of the image, so that the
                 image's are the same in both rows of guidance.
+            negative: a caption that guidance moves away from; None: the masked one.
             spans: "runs": one sentinel for every run of masked codes in raster order, one per row of a box;
                 "single": one sentinel from the first to the last masked code, the codes between that are not
                 masked being forced. Training shows one span far more often than many.
@@ -122,12 +145,11 @@ class Prompts:
             forced += [-1, -1]
             end = stop
         image = [self._break, *holed, *ids[end:], self._eos, sentinels[0]]
-        masked_text = [self._eos, sentinels[-1]]
         moved = [Span(id, stop - start) for id, (start, stop) in zip(sentinels, bounds, strict=False)]
         rows = grammar.infill(moved, self.vocabulary.eoss_id)
         return Request(
-            prompt_ids=tuple((masked_text if text is None else [self._eos, *self._text(text)]) + image),
-            unconditional_ids=tuple(masked_text + image),
+            prompt_ids=(self._eos, *self._caption(text, len(bounds)), *image),
+            unconditional_ids=(self._eos, *self._caption(negative, len(bounds)), *image),
             grammar=rows,
             max_new_tokens=rows.fewest_ids()[rows.start],
             forced_ids=tuple(forced[:-2]),
@@ -151,11 +173,10 @@ class Prompts:
         for index, segment in enumerate(segments):
             if index > 0:
                 prompt.append(self._break)
+            prompt += self._segment(segment)
             if isinstance(segment, ImageCodes):
-                prompt += self._image(segment.codes_HW)
                 after = After.IMAGE
             else:
-                prompt += self._text(segment.tokens)
                 after = After.TEXT if len(segment.tokens) else After.BREAK
         return Request(
             prompt_ids=tuple(prompt),
@@ -197,6 +218,20 @@ class Prompts:
     @property
     def _codes_per_image(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    def _caption(self, text: Sequence[int] | None, sentinel: int = 0) -> list[int]:
+        """A caption, or the sentinel that masks it."""
+        return [self.vocabulary.sentinel_id(sentinel)] if text is None else self._text(text)
+
+    def _context(self, documents: Sequence[TokenizedDocument]) -> list[int]:
+        ids = []
+        for document in documents:
+            for segment in document.segments:
+                ids += [*self._segment(segment), self._break]
+        return ids
+
+    def _segment(self, segment: TextTokens | ImageCodes) -> list[int]:
+        return self._image(segment.codes_HW) if isinstance(segment, ImageCodes) else self._text(segment.tokens)
 
     def _text(self, pieces: Sequence[int] | np.ndarray) -> list[int]:
         return self.vocabulary.text_to_ids(pieces).tolist()

@@ -21,11 +21,64 @@ class Request:
     max_new_tokens: int
     """Budget of new ids; the grammar reaches its end within it."""
     unconditional_ids: tuple[int, ...] | None = None
-    """The prompt of the guidance row; None where guidance cannot be used."""
+    """The prompt to guide away from: without the text, or with a negative one; also that of CD-K's amateur.
+    None where neither can be used."""
+    image_only_ids: tuple[int, ...] | None = None
+    """Where the prompt has a picture and a text that are guided apart, the prompt with the picture alone."""
     forced_ids: tuple[int, ...] = ()
     """For each new position the id that must stand there, -1 where the model chooses. The rest is free."""
     seeds: tuple[int, ...] = (0,)
     """One sample per seed: the same seed gives the same noise, whatever else is in the batch."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of one request."""
+
+    request: Request
+    settings: SamplingSettings
+    """Of this sample, see `SamplingSettings.of_sample`."""
+    seed: int
+
+    @property
+    def compared(self) -> tuple[tuple[int, ...], ...]:
+        """The prompts it is ever compared with, see `compared_prompts`."""
+        return compared_prompts(self.request, self.settings) if self._compared_steps else ()
+
+    def compared_at(self, step: int) -> tuple[tuple[int, ...], ...]:
+        """The prompts it is compared with in a step."""
+        return self.compared if step in self._compared_steps else ()
+
+    @property
+    def changes(self) -> set[int]:
+        """Steps from which on it is compared with other prompts than before. After its last step it need not be."""
+        if not self.compared:
+            return set()
+        return {self._compared_steps.start, self._compared_steps.stop} - {self.request.max_new_tokens}
+
+    @property
+    def _compared_steps(self) -> range:
+        return self.settings.compared_steps(self.request.max_new_tokens)
+
+
+def compared_prompts(request: Request, settings: SamplingSettings) -> tuple[tuple[int, ...], ...]:
+    """The prompts whose logits a sample needs beside its own; one that the request lacks is empty.
+
+    None without guidance, one for classifier-free guidance and CD-K, two (nothing, picture alone) for guidance by
+    picture and text. Of these two only one has a weight where the picture's scale is 1 or that of the text.
+
+    Args:
+        settings: of the sample, see `SamplingSettings.of_sample`.
+    """
+    text_scale, image_scale = settings.guidance_scale, settings.image_guidance_scale
+    nothing, image_only = request.unconditional_ids or (), request.image_only_ids or ()
+    if settings.sampler == "cd-k":
+        return (nothing,)
+    if text_scale == image_scale == 1:
+        return ()
+    if request.image_only_ids is None or image_scale == text_scale:
+        return (nothing,)
+    return (image_only,) if image_scale == 1 else (nothing, image_only)
 
 
 def check_request(
@@ -39,16 +92,25 @@ def check_request(
         kind_V: kind of every id, see `id_kinds`.
 
     Raises:
-        RequestError: the request does not fit the context or its own budget, or guidance lacks a prompt.
+        RequestError: the request does not fit the context or its own budget, or guidance or contrast lacks a prompt.
     """
     prompts = [request.prompt_ids]
-    if settings.guidance_scale != 1:
-        if request.unconditional_ids is None:
+    for chosen in dict.fromkeys(settings.of_sample(number) for number in range(len(request.seeds))):
+        is_contrast = chosen.sampler == "cd-k"
+        if not is_contrast and chosen.image_guidance_scale != 1 and request.image_only_ids is None:
             raise RequestError(
-                f"request {index} asks for guidance_scale={settings.guidance_scale}, but has no "
-                "unconditional prompt to compare with; set guidance_scale=1"
+                f"request {index} asks for image_guidance_scale={chosen.image_guidance_scale}, but has no prompt "
+                "with a picture alone; set image_guidance_scale=1"
             )
-        prompts.append(request.unconditional_ids)
+        compared = compared_prompts(request, chosen)
+        if not all(compared):
+            scales = f"guidance_scale={chosen.guidance_scale}, image_guidance_scale={chosen.image_guidance_scale}"
+            asked = f"sampler={settings.sampler!r}" if is_contrast else scales
+            instead = "choose sampler='top-p'" if is_contrast else "set guidance_scale=1 and image_guidance_scale=1"
+            raise RequestError(
+                f"request {index} asks for {asked}, but has no unconditional prompt to compare with; {instead}"
+            )
+        prompts += compared
     if not all(prompts) or not request.seeds:
         raise RequestError(f"request {index} has an empty prompt or no seeds; give at least one of each")
     if any(not 0 <= seed < 1 << 63 for seed in request.seeds):
