@@ -31,6 +31,7 @@ setup(
         "cm3.model",
         "cm3.data",
         "cm3.generation",
+        "cm3.retrieval",
         "cm3.tokenizers",
         "cm3.training",
         "cm3.eval",
@@ -76,6 +77,7 @@ setup(
             "webdataset>=0.2.100",
             "wheel>=0.45",
             *interop,
+            *retrieval,
         ],
     },
     classifiers=[

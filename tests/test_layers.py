@@ -31,7 +31,7 @@ HOME_OF_OPTIONAL = {
     "deepspeed": "training/engine.py",
     "faiss": "cm3/retrieval/index.py",
     "flash_attn": "cm3/model/attention.py",
-    "transformers": "cm3/interop/",
+    "transformers": ("cm3/interop/", "cm3/retrieval/foreign_clip.py"),
     "tokenizers": "cm3/interop/",
 }
 MAX_LINES = 600

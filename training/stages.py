@@ -8,18 +8,20 @@ from typing import Any
 
 from cm3.config import STAGE_KEY, dump_config, load_config, read_yaml
 from cm3.errors import ConfigError
-from cm3.training import image_tokenizer, text_tokenizer
+from cm3.training import image_tokenizer, retriever, text_tokenizer
 from cm3.training import prepare as preparation
 from cm3.training import train as transformer
 from cm3.training.config import ModelRun
 from cm3.training.image_tokenizer import ImageTokenizerRun
 from cm3.training.prepare import PrepareConfig
+from cm3.training.retriever import RetrieverRun
 from cm3.training.show import show_model_run
 from cm3.training.text_tokenizer import TextTokenizerRun
 
 _TRAINED: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "text_tokenizer": (TextTokenizerRun, text_tokenizer.run),
     "image_tokenizer": (ImageTokenizerRun, image_tokenizer.run),
+    "retriever": (RetrieverRun, retriever.run),
     "model": (ModelRun, transformer.run),
 }
 _PREPARED: dict[str, tuple[type, Callable[[Any], Any]]] = {"prepare": (PrepareConfig, preparation.run)}

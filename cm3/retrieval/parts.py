@@ -1,0 +1,177 @@
+"""The parts of a memory: each a shard of tokenised documents, and beside it their vectors and metadata.
+
+Parts are written once, several at a time where there are processes, and never changed; a part that is there already
+with the same content is left as it is.
+
+N documents of a part   E embedding width
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cm3.checkpoint import atomic_path
+from cm3.data.shards import read_shard_metadata, shard_path, write_shard
+from cm3.data.sources import RowReport, SourceConfig, open_source
+from cm3.errors import DataError
+from cm3.retrieval.encoder import Encoder, encode_documents
+from cm3.tokenizers.document import DocumentTokenizer, TokenizedDocument
+
+_CONTENT_KEY, _REPORT_KEY = "content", "report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecipe:
+    """All that parts are made of."""
+
+    source: SourceConfig
+    """The raw rows."""
+    tokenizer: DocumentTokenizer
+    """Makes the segments."""
+    encoder: Encoder
+    """Makes the vectors."""
+    folder: Path
+    """The memory."""
+    first_number: int
+    """Number of the first part that is written."""
+    rows_per_part: int
+    """Raw rows of a part."""
+    batch_size: int
+    """Documents tokenised and encoded at a time."""
+
+
+class PartWriter:
+    """The opened source of a recipe; makes any one of its parts."""
+
+    def __init__(self, recipe: PartRecipe) -> None:
+        self.recipe = recipe
+        self.source = open_source(recipe.source)
+        self._hashes = [recipe.tokenizer.hash, recipe.encoder.hash]
+
+    @property
+    def num_parts(self) -> int:
+        """Number of parts of all rows."""
+        return -(-len(self.source) // self.recipe.rows_per_part)
+
+    def make(self, index: int) -> RowReport:
+        """Write a part of the source, unless it is there already, and report on its rows."""
+        recipe = self.recipe
+        rows = range(len(self.source))[index * recipe.rows_per_part :][: recipe.rows_per_part]
+        number, content = recipe.first_number + index, self._content(rows)
+        path = shard_path(recipe.folder, number)
+        found = read_shard_metadata(path)
+        if found is not None and found.get(_CONTENT_KEY) == content and vectors_path(recipe.folder, number).is_file():
+            return RowReport(**json.loads(found[_REPORT_KEY]))
+        self.source.report = RowReport()
+        documents: list[TokenizedDocument] = []
+        vectors = [np.empty((2, 0, recipe.encoder.width), dtype=np.float32)]
+        raw = self.source.rows(rows.start, rows.stop)
+        while batch := list(islice(raw, recipe.batch_size)):
+            documents += recipe.tokenizer.tokenize(batch)
+            vectors.append(np.stack(encode_documents(recipe.encoder, batch)))
+        text_NE, image_NE = np.concatenate(vectors, axis=1)
+        metadata = [document.metadata for document in documents]
+        write_vectors(vectors_path(recipe.folder, number), text_NE, image_NE, metadata)
+        report = self.source.report  # the shard comes last: where it is, the part is whole
+        write_shard(path, documents, {_CONTENT_KEY: content, _REPORT_KEY: json.dumps(asdict(report))})
+        return report
+
+    def _content(self, rows: range) -> str:
+        """A hash of all that decides the content of a part."""
+        data = asdict(replace(self.recipe.source, limit=len(self.source), max_bad_fraction=0))
+        data.pop("limit")
+        content = [data, self._hashes, [rows.start, rows.stop], _file_states(self.recipe.source.path)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_parts(recipe: PartRecipe, num_processes: int) -> Iterator[RowReport]:
+    """Make every part, here or in several processes of one thread each, and yield their reports."""
+    if num_processes == 1:
+        writer = PartWriter(recipe)
+        yield from map(writer.make, range(writer.num_parts))
+        return
+    num_parts = -(-len(open_source(recipe.source)) // recipe.rows_per_part)
+    context = multiprocessing.get_context("spawn")  # a fork of a process that holds threads can hang
+    with ProcessPoolExecutor(num_processes, context, _start_worker, (recipe,)) as pool:
+        yield from pool.map(_make_in_worker, range(num_parts))
+
+
+_worker: PartWriter | None = None
+
+
+def _start_worker(recipe: PartRecipe) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = PartWriter(recipe)
+
+
+def _make_in_worker(index: int) -> RowReport:
+    assert _worker is not None, "the pool did not start this worker"
+    return _worker.make(index)
+
+
+def _file_states(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of the raw files, so that changed rows are read anew."""
+    root = Path(path)
+    found = sorted(root.rglob("*")) if root.is_dir() else [root]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if path and file.is_file()]
+
+
+def vectors_path(folder: str | Path, number: int) -> Path:
+    """The file with the vectors and metadata of a part."""
+    return Path(folder) / "vectors" / f"{number:05d}.arrow"
+
+
+def write_vectors(path: Path, text_NE: np.ndarray, image_NE: np.ndarray, metadata: Sequence[dict[str, Any]]) -> None:
+    """Write vectors (in half precision) and metadata, whole or not at all."""
+    width = text_NE.shape[1]
+    columns = [_vector_column(vectors_NE, width) for vectors_NE in (text_NE, image_NE)]
+    lines = [json.dumps(values, ensure_ascii=False, default=str) for values in metadata]
+    table = pa.table([*columns, pa.array(lines, pa.string())], names=["text", "image", "metadata"])
+    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+
+
+def _vector_column(vectors_NE: np.ndarray, width: int) -> pa.Array:
+    values = pa.array(vectors_NE.astype(np.float16).ravel(), pa.float16())
+    return pa.FixedSizeListArray.from_arrays(values, width)
+
+
+class PartVectors:
+    """Memory-mapped vectors (float16, unit length, zeros where there are none) and metadata of a part."""
+
+    def __init__(self, path: Path, width: int) -> None:
+        try:
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().combine_chunks()
+            self.text_NE, self.image_NE = (_numpy(table.column(name), width) for name in ("text", "image"))
+            self._metadata = table.column("metadata")
+        except (OSError, KeyError, ValueError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path} is missing or damaged ({error}); build the memory again") from error
+
+    def __len__(self) -> int:
+        return len(self.text_NE)
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """What is known about a document."""
+        values: dict[str, Any] = json.loads(self._metadata[row].as_py())
+        return values
+
+
+def _numpy(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    if not len(column):
+        return np.empty((0, width), dtype=np.float16)
+    array: np.ndarray = column.combine_chunks().flatten().to_numpy()
+    return array.reshape(-1, width)
