@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from cm3 import __version__
+from cm3 import __version__, cli_bench, cli_index
+from cm3.cli_options import add_model, add_retrieval, add_sampling, box, load_model, sampling
 from cm3.errors import CM3Error
 
 
@@ -23,85 +23,47 @@ class Verb:
     example: str
 
 
-def _box(text: str) -> tuple[int, int, int, int]:
-    try:
-        left, top, right, bottom = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a box; write LEFT,TOP,RIGHT,BOTTOM in pixels, such as 16,16,48,48"
-        ) from None
-    return left, top, right, bottom
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default="demo",
-        metavar="NAME",
-        help="a model folder, a Hugging Face Hub name, or `demo`, the model inside this package (default: demo)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
-
-
-def _add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> None:
-    group = parser.add_argument_group("sampling", "each is the model's own default where left out")
-    if guidance:
-        group.add_argument(
-            "--guidance-scale",
-            type=float,
-            metavar="S",
-            help="weight of classifier-free guidance; 1 turns it off",
-        )
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token every time")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0 is off")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P; 1 is off")
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="the same seed gives the same result, alone or in any batch (default: 0)",
-    )
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("guidance_scale", "temperature", "top_k", "top_p")
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
-
-def _load(args: argparse.Namespace) -> Any:
-    from cm3.pipeline import CM3
-
-    return CM3.from_pretrained(args.model, device=args.device)
-
-
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", help="what to draw; several prompts are drawn in one batch")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
     parser.add_argument("--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go")
-    _add_sampling(parser, guidance=True)
-    _add_model(parser)
+    add_sampling(parser, guidance=True)
+    add_retrieval(parser)
+    group = parser.add_argument_group("re-ranking")
+    group.add_argument("--best-of", type=int, default=1, metavar="N", help="candidates a picture (default: 1)")
+    group.add_argument("--rank", metavar="HOW", help="keep the best by likelihood (the model's own), clip, or both")
+    group.add_argument("--ranker", default="demo", metavar="NAME", help="the encoder of clip (default: demo)")
+    add_model(parser)
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from cm3.drawing import ranking_summary
     from cm3.gallery import save_gallery
 
-    model = _load(args)
-    images = model.generate(args.prompt, num_images=args.num_images, seed=args.seed, **_sampling(args))
-    settings = {"model": args.model, "seed": args.seed, **model.settings(**_sampling(args))}
-    for path in save_gallery(args.out, args.prompt, images, settings):
+    model = load_model(args)
+    request = {name: getattr(args, name) for name in ("seed", "negative", "retrieve", "best_of", "rank", "ranker")}
+    samples = model.draw(args.prompt, num_images=args.num_images, **request, **sampling(args))
+    drawings = [drawing for drawings in samples for drawing in drawings]
+    summary = ranking_summary(drawings)
+    settings = {"model": args.model, **request, "memory": args.memory, **model.settings(**sampling(args))}
+    pictures = [(drawing.image, drawing.record()) for drawing in drawings]
+    for path in save_gallery(args.out, pictures, {**settings, "ranking": summary}):
         print(path)
+    for name, means in summary.items():
+        print(f"mean {name}: {means['first']:.3f} without re-ranking, {means['chosen']:.3f} with")
 
 
 def _caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", nargs="+", help="picture files")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    _add_sampling(parser, guidance=False)
-    _add_model(parser)
+    add_sampling(parser, guidance=False)
+    add_retrieval(parser)
+    add_model(parser)
 
 
 def _caption(args: argparse.Namespace) -> None:
-    model = _load(args)
-    captions = model.caption(args.image, seed=args.seed, **_sampling(args))
+    model = load_model(args)
+    captions = model.caption(args.image, seed=args.seed, retrieve=args.retrieve, **sampling(args))
     for path, caption in zip(args.image, captions, strict=True):
         if args.json:
             print(json.dumps({"path": path, "caption": caption}))
@@ -113,35 +75,35 @@ def _infill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="picture file")
     parser.add_argument(
         "--box",
-        type=_box,
+        type=box,
         required=True,
         metavar="L,T,R,B",
         help="the part to draw anew, in pixels of the picture",
     )
     parser.add_argument("--prompt", default="", help="what the finished picture shows (default: left open)")
     parser.add_argument("--out", default="filled.png", metavar="FILE", help="(default: filled.png)")
-    _add_sampling(parser, guidance=True)
-    _add_model(parser)
+    add_sampling(parser, guidance=True)
+    add_model(parser)
 
 
 def _infill(args: argparse.Namespace) -> None:
     from cm3.gallery import save_image
 
-    filled = _load(args).infill(args.image, box=args.box, prompt=args.prompt, seed=args.seed, **_sampling(args))
-    print(save_image(args.out, filled))
+    options = {"prompt": args.prompt, "negative": args.negative, "seed": args.seed, **sampling(args)}
+    print(save_image(args.out, load_model(args).infill(args.image, box=args.box, **options)))
 
 
 def _complete_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", help="the beginning; the model writes on, with pictures if it draws them")
     parser.add_argument("--out", default="completed", metavar="FOLDER", help="where pictures go (default: completed)")
-    _add_sampling(parser, guidance=False)
-    _add_model(parser)
+    add_sampling(parser, guidance=False)
+    add_model(parser)
 
 
 def _complete(args: argparse.Namespace) -> None:
     from cm3.gallery import save_document
 
-    document = _load(args).complete(args.text, seed=args.seed, **_sampling(args))
+    document = load_model(args).complete(args.text, seed=args.seed, **sampling(args))
     for line in save_document(args.out, document):
         print(line)
 
@@ -201,10 +163,16 @@ VERBS: dict[str, Verb] = {
         'cm3 complete "a large red"',
     ),
     "train": Verb(
-        "train a text tokenizer, an image tokenizer or a model",
+        "train a tokenizer, a model, or an encoder for retrieval",
         _config_arguments,
         _train,
         "cm3 train configs/demo/model.yaml --steps 100",
+    ),
+    "index": Verb(
+        "documents to retrieve: build a memory, change it, search it",
+        cli_index.add_arguments,
+        cli_index.run,
+        'cm3 index search memory --text "a large red circle"',
     ),
     "prepare": Verb(
         "turn raw text-image rows into tokenised shards",
@@ -223,6 +191,12 @@ VERBS: dict[str, Verb] = {
         _config_arguments,
         _eval,
         "cm3 eval configs/demo/eval.yaml --model demo",
+    ),
+    "bench": Verb(
+        "measure what the parts cost on this machine",
+        cli_bench.add_arguments,
+        cli_bench.run,
+        "cm3 bench index --vectors 20000",
     ),
 }
 

@@ -27,23 +27,18 @@ def save_image(path: str | Path, image: Image.Image) -> Path:
 
 
 def save_gallery(
-    folder: str | Path,
-    prompts: Sequence[str],
-    images: Sequence[Sequence[Image.Image]],
-    settings: dict[str, Any],
+    folder: str | Path, pictures: Sequence[tuple[Image.Image, dict[str, Any]]], settings: dict[str, Any]
 ) -> list[Path]:
-    """Write 000.png, 001.png, ... in the order of the prompts, and settings.json that says how they were made.
+    """Write 000.png, 001.png, ... and settings.json, which says how they were made.
 
-    Sample `i` of a prompt was drawn with seed `settings["seed"] + i`.
+    Args:
+        folder: Made where it does not exist.
+        pictures: Each with what is to be said about it.
+        settings: What holds for all of them.
     """
     folder = Path(folder)
-    paths: list[Path] = []
-    entries: list[dict[str, Any]] = []
-    for prompt, samples in zip(prompts, images, strict=True):
-        for offset, image in enumerate(samples):
-            path = save_image(folder / f"{len(paths):03d}.png", image)
-            paths.append(path)
-            entries.append({"file": path.name, "prompt": prompt, "seed": settings["seed"] + offset})
+    paths = [save_image(folder / f"{index:03d}.png", image) for index, (image, _) in enumerate(pictures)]
+    entries = [{"file": path.name, **record} for path, (_, record) in zip(paths, pictures, strict=True)]
     write_json(folder / "settings.json", {**settings, "images": entries})
     return paths
 

@@ -13,21 +13,28 @@ import torch
 from PIL import Image as PILImage
 
 from cm3.checkpoint import read_json
+from cm3.drawing import Drawing, RankerName, check_ranking
 from cm3.errors import ModelFilesError, RequestError
+from cm3.generation.context import ContextDocument, ContextFinder
 from cm3.generation.engine import Engine
 from cm3.generation.prompts import Prompts, box_mask
+from cm3.generation.rerank import choose, own_likelihood
 from cm3.generation.settings import SamplingSettings
 from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model
 from cm3.model.transformer import Transformer
-from cm3.pretrained import resolve_model
-from cm3.tokenizers.document import Document, DocumentTokenizer, Text
-from cm3.tokenizers.image import load_image, to_square
+from cm3.pretrained import DEMO, resolve_model
+from cm3.retrieval.encoder import Encoder, open_encoder
+from cm3.tokenizers.document import Document, DocumentTokenizer, Image, Text, TokenizedDocument
+from cm3.tokenizers.image import central_square, load_image, to_square
 
 Picture = str | Path | bytes | PILImage.Image
 """A picture as a path, encoded bytes, or pixels."""
 
 MAX_CAPTION_TOKENS = 128
 """Longest caption in text tokens."""
+
+_UNGUIDED = {"sampler": "top-p", "guidance_scale": 1.0, "image_guidance_scale": 1.0}
+"""Settings of requests that have no prompt to compare with."""
 
 
 class CM3:
@@ -53,6 +60,7 @@ class CM3:
         self.card = card
         self._engine = Engine(transformer, tokenizer.vocabulary)
         self._prompts = Prompts(tokenizer.vocabulary, tokenizer.image.grid)
+        self._contexts: ContextFinder | None = None
 
     @classmethod
     def from_pretrained(
@@ -151,16 +159,32 @@ class CM3:
         """The sampling settings of a call that passes `sampling`: the model's defaults, replaced where given."""
         return asdict(self._settings(sampling))
 
+    def use_memory(self, folder: str | Path, *, encoder: str | Path | None = None, max_similarity: float = 0.9) -> None:
+        """Open a memory, from which `retrieve=K` of later calls takes documents into the context.
+
+        Args:
+            folder: What `cm3 index build` wrote with this model's tokenizers.
+            encoder: The encoder it was built with, see `open_encoder`; None opens it by the name that is kept there.
+            max_similarity: Documents more similar than this to the request, or to one another, are left out.
+
+        Raises:
+            ModelFilesError: there is no memory, or it is of another encoder.
+            DataError: it was built with other tokenizers.
+        """
+        self._contexts = ContextFinder(
+            folder, self.tokenizer.hash, encoder=encoder, device=str(self.device), max_similarity=max_similarity
+        )
+
     @overload
-    def generate(self, prompt: str, *, num_images: int = 1, seed: int = 0, **sampling: Any) -> list[PILImage.Image]: ...
+    def generate(self, prompt: str, *, num_images: int = 1, seed: int = 0, **options: Any) -> list[PILImage.Image]: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str], *, num_images: int = 1, seed: int = 0, **sampling: Any
+        self, prompt: Sequence[str], *, num_images: int = 1, seed: int = 0, **options: Any
     ) -> list[list[PILImage.Image]]: ...
 
     def generate(
-        self, prompt: str | Sequence[str], *, num_images: int = 1, seed: int = 0, **sampling: Any
+        self, prompt: str | Sequence[str], *, num_images: int = 1, seed: int = 0, **options: Any
     ) -> list[PILImage.Image] | list[list[PILImage.Image]]:
         """Draw pictures.
 
@@ -168,7 +192,8 @@ class CM3:
             prompt: What to draw, or several such texts, which share one batch.
             num_images: Pictures for each prompt.
             seed: Picture `i` of a prompt is drawn with seed + i, and depends on nothing else in the batch.
-            sampling: Fields of `SamplingSettings` that replace the model's defaults, such as `guidance_scale=3.0`.
+            options: Anything else that `draw` takes: sampling settings such as `guidance_scale=3.0`, `negative`,
+                `retrieve`, `best_of` and `rank`.
 
         Returns:
             The pictures of the prompt, or such a list for each of several prompts.
@@ -177,33 +202,96 @@ class CM3:
             RequestError: an empty prompt, a prompt longer than the context, or a setting out of its range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        drawings = self.draw(prompts, num_images=num_images, seed=seed, **options)
+        lists = [[drawing.image for drawing in samples] for samples in drawings]
+        return lists[0] if isinstance(prompt, str) else lists
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        negative: str = "",
+        retrieve: int = 0,
+        best_of: int = 1,
+        rank: RankerName | None = None,
+        ranker: str | Path = DEMO,
+        **sampling: Any,
+    ) -> list[list[Drawing]]:
+        """Draw pictures, and tell how each came about.
+
+        Args:
+            prompts: What to draw.
+            num_images: Pictures for each prompt.
+            seed: Candidate `j` of picture `i` of a prompt is drawn with seed + i * best_of + j.
+            negative: What the pictures should not show, in the place of the prompt that guidance moves away from.
+            retrieve: Documents from the memory (`use_memory`) before each prompt; 0 is none.
+            best_of: Candidates for each picture, of which the best by `rank` is kept; 1 is no ranking.
+            rank: By the model's own likelihood of a candidate, by how well an encoder finds that prompt and
+                picture fit (clip), or by both. See `cm3.generation.rerank`.
+            ranker: The encoder of clip, see `open_encoder`.
+            sampling: Fields of `SamplingSettings` that replace the model's defaults.
+
+        Returns:
+            For each prompt its drawings.
+
+        Raises:
+            RequestError: an empty prompt, a request longer than the context, or a setting out of its range.
+        """
         if num_images < 1:
             raise RequestError(f"num_images={num_images}; ask for at least 1")
         for text in prompts:
             if not text.strip():
                 raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
-        seeds = tuple(range(seed, seed + num_images))
+        rankers, settings = check_ranking(best_of, rank), self._settings(sampling)
+        _check_negative(negative, settings)
         if not prompts:
             return []
-        requests = [self._prompts.text_to_image(self.tokenizer.text.encode(text), seeds=seeds) for text in prompts]
-        outputs = self._engine.run(requests, self._settings(sampling))
+        found = self._find([Document((Text(text),)) for text in prompts], retrieve)
+        requests = [
+            self._prompts.text_to_image(
+                self.tokenizer.text.encode(text),
+                negative=self._pieces(negative),
+                context=[item.document for item in items],
+                seeds=tuple(range(seed, seed + num_images * best_of)),
+            )
+            for text, items in zip(prompts, found, strict=True)
+        ]
+        outputs = self._engine.run(requests, settings)
         codes = np.stack([self._prompts.image_codes(ids).ravel() for samples in outputs for ids in samples])
         pictures = self.tokenizer.image.decode(codes)
-        lists = [pictures[start : start + num_images] for start in range(0, len(pictures), num_images)]
-        return lists[0] if isinstance(prompt, str) else lists
+        scores: dict[str, list[float]] = {}
+        if "likelihood" in rankers:
+            likelihoods = own_likelihood(self.transformer, self.tokenizer.vocabulary, requests, outputs)
+            scores["likelihood"] = [score for samples in likelihoods for score in samples]
+        if "clip" in rankers:
+            scores["clip"] = _fit(open_encoder(ranker, str(self.device)), prompts, pictures)
+        drawings = []
+        for start in range(0, len(pictures), best_of):
+            number, first_seed = start // (num_images * best_of), seed + start % (num_images * best_of)
+            rivals = {name: tuple(values[start : start + best_of]) for name, values in scores.items()}
+            best = choose(rivals) if rivals else 0
+            drawings.append(
+                Drawing(pictures[start + best], prompts[number], first_seed + best, tuple(found[number]), rivals, best)
+            )
+        return [drawings[start : start + num_images] for start in range(0, len(drawings), num_images)]
 
     @overload
-    def caption(self, image: Picture, *, seed: int = 0, **sampling: Any) -> str: ...
+    def caption(self, image: Picture, *, seed: int = 0, retrieve: int = 0, **sampling: Any) -> str: ...
 
     @overload
-    def caption(self, image: Sequence[Picture], *, seed: int = 0, **sampling: Any) -> list[str]: ...
+    def caption(self, image: Sequence[Picture], *, seed: int = 0, retrieve: int = 0, **sampling: Any) -> list[str]: ...
 
-    def caption(self, image: Picture | Sequence[Picture], *, seed: int = 0, **sampling: Any) -> str | list[str]:
+    def caption(
+        self, image: Picture | Sequence[Picture], *, seed: int = 0, retrieve: int = 0, **sampling: Any
+    ) -> str | list[str]:
         """Describe pictures, by filling in the masked text of `</s> <mask> <break> image </s>` (section 2.2).
 
         Args:
             image: One picture or several; each is cropped to its central square and resized.
             seed: Seed of each caption.
+            retrieve: Documents from the memory (`use_memory`) before each picture; 0 is none.
             sampling: Fields of `SamplingSettings`; the likeliest tokens are taken where no temperature is given, and
                 guidance is off.
 
@@ -218,11 +306,20 @@ class CM3:
         pictures = [self._square(picture) for picture in images]
         if not pictures:
             return []
+        found = self._find([Document((Image(picture),)) for picture in pictures], retrieve)
+        contexts = [[item.document for item in items] for items in found]
         requests = [
-            self._prompts.infill_text([], [], codes_HW, max_new_tokens=self._caption_budget, seeds=(seed,))
-            for codes_HW in self._encode(pictures)
+            self._prompts.infill_text(
+                [],
+                [],
+                codes_HW,
+                context=context,
+                max_new_tokens=self._caption_budget(context),
+                seeds=(seed,),
+            )
+            for codes_HW, context in zip(self._encode(pictures), contexts, strict=True)
         ]
-        settings = self._settings({"temperature": 0.0, **sampling, "guidance_scale": 1.0})
+        settings = self._settings({"temperature": 0.0, **sampling, **_UNGUIDED})
         captions = [self._text(samples[0]) for samples in self._engine.run(requests, settings)]
         return captions if several else captions[0]
 
@@ -232,6 +329,7 @@ class CM3:
         *,
         box: tuple[int, int, int, int],
         prompt: str = "",
+        negative: str = "",
         seed: int = 0,
         **sampling: Any,
     ) -> PILImage.Image:
@@ -241,14 +339,17 @@ class CM3:
             image: The picture, of any size; the box must lie in its central square, which is what the model sees.
             box: Left, top, right, bottom in pixels of the picture; right and bottom are the first outside.
             prompt: What the finished picture shows; empty lets the model choose.
+            negative: What it should not show, in the place of the prompt that guidance moves away from.
             seed: Seed of the drawing.
             sampling: Fields of `SamplingSettings` that replace the model's defaults.
 
         Raises:
             RequestError: the picture is broken, or the box is empty or leaves its central square.
         """
+        settings = self._settings(sampling)
+        _check_negative(negative, settings)
         original = load_image(image)
-        left, top, side = _central_square(original, box)
+        left, top, side = _square_around(original, box)
         square = to_square(original, self.image_size)
         inner = (  # rounded outwards, in integers: a float could round past the picture
             (box[0] - left) * self.image_size // side,
@@ -258,9 +359,10 @@ class CM3:
         )
         codes_HW = self._encode([square])[0]
         mask_HW = box_mask(inner, (self.image_size, self.image_size), self.tokenizer.image.grid)
-        text = self.tokenizer.text.encode(prompt) if prompt.strip() else None
-        request = self._prompts.infill_image(codes_HW, mask_HW, text, seeds=(seed,))
-        new_ids = self._engine.run([request], self._settings(sampling))[0][0]
+        request = self._prompts.infill_image(
+            codes_HW, mask_HW, self._pieces(prompt), negative=self._pieces(negative), seeds=(seed,)
+        )
+        new_ids = self._engine.run([request], settings)[0][0]
         filled_HW = self._prompts.filled(codes_HW, mask_HW, request, new_ids)
         drawn = self.tokenizer.image.decode(filled_HW.reshape(1, -1))[0]
         drawn = drawn.resize((side, side), PILImage.Resampling.LANCZOS)
@@ -300,7 +402,7 @@ class CM3:
             max_new_tokens=room if max_new_tokens is None else min(room, max_new_tokens),
             seeds=(seed,),
         )
-        new_ids = self._engine.run([request], self._settings({**sampling, "guidance_scale": 1.0}))[0][0]
+        new_ids = self._engine.run([request], self._settings({**sampling, **_UNGUIDED}))[0][0]
         ids = np.concatenate([np.asarray(request.prompt_ids), new_ids])
         return self.tokenizer.detokenize(self.tokenizer.from_ids(ids))
 
@@ -309,10 +411,21 @@ class CM3:
         pictures = [self._square(image) for image in images]
         return self.tokenizer.image.decode(self.tokenizer.image.encode(pictures))
 
-    @property
-    def _caption_budget(self) -> int:
+    def _find(self, requests: Sequence[Document], count: int) -> list[list[ContextDocument]]:
+        """The retrieved documents of each request."""
+        if count < 0:
+            raise RequestError(f"retrieve={count}; choose 0 or more documents")
+        if count == 0:
+            return [[] for _ in requests]
+        if self._contexts is None:
+            raise RequestError(f"retrieve={count} needs a memory to search; open one with use_memory or --memory")
+        return self._contexts.find(requests, count)
+
+    def _caption_budget(self, context: Sequence[TokenizedDocument]) -> int:
+        """New ids of a caption: what the context leaves, and where that is nothing, too many, which is refused."""
         prompt_length = self._prompts.grid[0] * self._prompts.grid[1] + 5
-        return min(MAX_CAPTION_TOKENS, self.transformer.config.max_positions - prompt_length)
+        prompt_length += sum(len(self.tokenizer.to_ids(document)) - 1 for document in context)
+        return min(MAX_CAPTION_TOKENS, max(2, self.transformer.config.max_positions - prompt_length))
 
     def _settings(self, sampling: dict[str, Any]) -> SamplingSettings:
         names = [field.name for field in fields(SamplingSettings)]
@@ -328,8 +441,27 @@ class CM3:
         """Codes of square pictures, of shape (pictures, height, width)."""
         return self.tokenizer.image.encode(list(pictures)).reshape(-1, *self.tokenizer.image.grid)
 
+    def _pieces(self, text: str) -> list[int] | None:
+        """The pieces of a text; None, a masked text, for a blank one."""
+        return self.tokenizer.text.encode(text) if text.strip() else None
+
     def _text(self, new_ids: np.ndarray) -> str:
         return self.tokenizer.text.decode(self._prompts.text_tokens(new_ids))
+
+
+def _fit(encoder: Encoder, prompts: Sequence[str], pictures: Sequence[PILImage.Image]) -> list[float]:
+    """Cosine of each picture with its prompt; the pictures come prompt after prompt, equally many of each."""
+    text_NE, image_NE = encoder.encode_texts(prompts), encoder.encode_images(pictures)
+    fits: list[float] = (np.repeat(text_NE, len(pictures) // len(prompts), axis=0) * image_NE).sum(axis=1).tolist()
+    return fits
+
+
+def _check_negative(negative: str, settings: SamplingSettings) -> None:
+    """Refuse a negative prompt that nothing would be compared with."""
+    if negative.strip() and settings.guidance_scale == 1 and settings.sampler not in ("cd-k", "mixed"):
+        raise RequestError(
+            f"negative={negative!r} has no effect at guidance_scale=1; raise guidance_scale, or choose sampler='cd-k'"
+        )
 
 
 def _device(name: str | torch.device | None) -> torch.device:
@@ -345,10 +477,9 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _central_square(image: PILImage.Image, box: tuple[int, int, int, int]) -> tuple[int, int, int]:
+def _square_around(image: PILImage.Image, box: tuple[int, int, int, int]) -> tuple[int, int, int]:
     """Left, top and side of the picture's central square; raises RequestError unless it holds the box."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top, side = central_square(image)
     if not (left <= box[0] < box[2] <= left + side and top <= box[1] < box[3] <= top + side):
         raise RequestError(
             f"box {','.join(map(str, box))} does not lie in the central square of the {image.width}x{image.height} "

@@ -21,12 +21,14 @@ def make_demo(folder: Path, num_images: int = 4, seed: int = 0) -> Path:
     model = CM3.from_pretrained("demo")
     print(f"drawing {len(PROMPTS) * num_images} pictures ...", flush=True)
     start = time.monotonic()
-    images = model.generate(PROMPTS, num_images=num_images, seed=seed)
+    drawings = model.draw(PROMPTS, num_images=num_images, seed=seed)
+    images = [[drawing.image for drawing in samples] for samples in drawings]
     print(f"  {time.monotonic() - start:.1f} s; captioning them ...", flush=True)
     start = time.monotonic()
     captions = iter(model.caption([image for samples in images for image in samples]))
     print(f"  {time.monotonic() - start:.1f} s", flush=True)
-    save_gallery(folder, PROMPTS, images, {"model": "demo", "seed": seed, **model.settings()})
+    pictures = [(drawing.image, drawing.record()) for samples in drawings for drawing in samples]
+    save_gallery(folder, pictures, {"model": "demo", "seed": seed, **model.settings()})
     rows = []
     for prompt, samples in zip(PROMPTS, images, strict=True):
         rows.append((f"prompt: {prompt}", samples, [next(captions) for _ in samples]))

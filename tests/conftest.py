@@ -76,3 +76,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory):
     defaults = SamplingSettings(guidance_scale=2.0, top_p=0.95)
     CM3(Transformer(config).eval(), tokenizer, defaults, card="A random model.\n").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def retrieval_folder(model_folder, tmp_path_factory: pytest.TempPathFactory):
+    """Rows, an encoder and a memory for the model of `model_folder`, see `tiny_retrieval.make_retrieval`."""
+    from tiny_retrieval import make_retrieval
+
+    return make_retrieval(tmp_path_factory.mktemp("retrieval") / "shapes", model_folder)

@@ -59,6 +59,24 @@ def test_generate_then_caption_then_infill(model_folder, tmp_path, capsys):
     assert Image.open(filled).size == (16, 16)
 
 
+def test_generate_says_how_it_ranked_and_sampled(model_folder, tmp_path, capsys):
+    ranking = ("--best-of", 3, "--rank", "likelihood", "--seed", 7)
+    sampling = ("--sampler", "mixed", "--negative", "a blue square", "--guidance-interval", "0,0.5", "--contrast-k", 4)
+    code, printed, _ = run(
+        capsys, "generate", "a red star", *ranking, *sampling, "--out", tmp_path, "--model", model_folder
+    )
+    assert code == 0
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    given = {"best_of": 3, "rank": "likelihood", "negative": "a blue square", "sampler": "mixed", "contrast_k": 4}
+    assert {name: settings[name] for name in given} == given and settings["guidance_interval"] == [0, 0.5]
+    (entry,) = settings["images"]
+    scores = entry["scores"]["likelihood"]
+    assert len(scores) == 3 and scores[entry["chosen"]] == max(scores) and entry["seed"] == 7 + entry["chosen"]
+    assert settings["ranking"] == {"likelihood": {"first": scores[0], "chosen": max(scores)}}
+    last = f"mean likelihood: {scores[0]:.3f} without re-ranking, {max(scores):.3f} with"
+    assert printed.splitlines() == [str(tmp_path / "000.png"), last]
+
+
 def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
     code, printed, _ = run(capsys, "complete", "a large red", "--out", tmp_path, "--model", model_folder)
     assert code == 0 and printed.startswith("a large red")
@@ -70,6 +88,10 @@ def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
         (["generate", ""], "prompt is empty"),
         (["generate", "a star", "--num-images", "0"], "num_images=0"),
         (["generate", "a star " * 200], "positions"),
+        (["generate", "a star", "--best-of", "2"], "best_of=2 needs a ranker"),
+        (["generate", "a star", "--retrieve", "1"], "needs a memory"),
+        (["generate", "a star", "--retrieve", "1", "--memory", "missing"], "missing holds no finished memory"),
+        (["generate", "a star", "--negative", "a box", "--guidance-scale", "1"], "has no effect"),
         (["caption", "missing.png"], "missing.png"),
         (["caption", __file__], "no picture format"),
         (["infill", "{picture}", "--box", "0,0,99,99"], "central square"),
@@ -91,11 +113,18 @@ def test_an_unknown_model_is_refused(capsys):
     assert code == 2 and "'./nowhere'" in error and error.count("\n") == 1
 
 
-def test_a_box_that_is_no_box_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["infill", "photo.png", "--box", "1,2,3"], "LEFT,TOP,RIGHT,BOTTOM"),
+        (["generate", "a star", "--guidance-interval", "0.5"], "START,STOP"),
+    ],
+)
+def test_a_box_or_an_interval_that_is_none_is_refused(capsys, words, message):
     with pytest.raises(SystemExit) as stopped:
-        main(["infill", "photo.png", "--box", "1,2,3"])
+        main(words)
     assert stopped.value.code == 2
-    assert "LEFT,TOP,RIGHT,BOTTOM" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)

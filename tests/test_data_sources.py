@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PILImage
 
 from cm3.data.scenes import example
-from cm3.data.sources import SourceConfig, open_source
+from cm3.data.sources import SourceConfig, fingerprint, kind_of, open_source
 from cm3.errors import ConfigError, DataError
 
 CAPTIONS = ["one", "two\nlines", "drei – Übung"]
@@ -115,6 +115,35 @@ def test_every_layout_gives_the_same_documents(make, tmp_path):
     assert source[1].segments[0] == documents[1].segments[0]
     assert list(open_source(config).texts()) == CAPTIONS
     assert (source.report.read, source.report.kept, source.report.bad) == (3, 3, 0)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_kind_of_a_layout_is_seen(make, tmp_path):
+    made = make(tmp_path)
+    expected = "parquet" if make is make_hub else made["kind"]  # the same files
+    assert kind_of(made["path"]) == expected
+    if made["kind"] == "webdataset":
+        assert kind_of(str(tmp_path)) == kind_of(str(tmp_path / "0.tar")) == "webdataset"
+
+
+def test_the_kind_of_what_is_no_folder_here(tmp_path):
+    assert kind_of("scenes") == "scenes"
+    assert kind_of("owner/name") == "hub"
+    assert kind_of("missing/*.parquet") == kind_of("missing.parquet") == "parquet"
+    (tmp_path / "data").mkdir()
+    assert kind_of(str(tmp_path)) == "folder"
+    (tmp_path / "data" / "train-00000.parquet").touch()
+    assert kind_of(str(tmp_path)) == "parquet"
+
+
+def test_a_fingerprint_changes_with_the_files(tmp_path):
+    path = make_folder(tmp_path)["path"]
+    before = fingerprint(path)
+    assert len(before) == 6 and fingerprint(path) == before
+    (tmp_path / "0.txt").write_text("another")
+    assert fingerprint(path) != before
+    assert [name for name, _, _ in fingerprint(str(tmp_path / "1.txt"))] == [str(tmp_path / "1.txt")]
+    assert fingerprint("") == fingerprint("owner/name") == []
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -193,11 +193,11 @@ def test_what_an_example_gets_does_not_depend_on_the_others(memory, documents):
 
 def test_prompts_get_the_best_of_what_they_have(memory, documents):
     retriever = Retriever(memory, ENCODER)
-    (found,) = retriever.for_prompts([Document((Text("a red circle"),))])
+    (found,) = retriever.for_prompts([Document((Text("a red circle"),))], 2)
     scores_NK, rows_NK = memory.search(ENCODER.encode_texts(["a red circle"]), 2)
     assert [candidate.row for candidate in found] == rows_NK[0].tolist()
     picture = Document(documents[3].segments[1:])
-    (found,) = retriever.for_prompts([picture])
+    (found,) = retriever.for_prompts([picture], 2)
     assert len(found) == 2 and 3 not in [candidate.row for candidate in found] and found[0].score >= found[1].score
 
 

@@ -98,10 +98,15 @@ def _deep_to_gray(image: Image.Image) -> Image.Image:
     return Image.fromarray(values_HW.round().clip(0, 255).astype(np.uint8))
 
 
-def to_square(image: Image.Image, size: int) -> Image.Image:
-    """The centre square of a picture (its short side wide) as RGB of `size` x `size` pixels (Lanczos)."""
+def central_square(image: Image.Image) -> tuple[int, int, int]:
+    """Left, top and side of the largest square in the middle of a picture."""
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return (image.width - side) // 2, (image.height - side) // 2, side
+
+
+def to_square(image: Image.Image, size: int) -> Image.Image:
+    """The central square of a picture as RGB of `size` x `size` pixels (Lanczos)."""
+    left, top, side = central_square(image)
     square = image.convert("RGB").crop((left, top, left + side, top + side))
     return square if side == size else square.resize((size, size), Image.Resampling.LANCZOS)
 

@@ -26,7 +26,7 @@ from cm3.data.shards import (
     write_index,
     write_shard,
 )
-from cm3.data.sources import RowReport, Source, SourceConfig, open_source
+from cm3.data.sources import RowReport, Source, SourceConfig, fingerprint, open_source
 from cm3.errors import ConfigError
 from cm3.tokenizers.document import (
     TEXT_TOKENIZER_FILE,
@@ -38,6 +38,7 @@ from cm3.tokenizers.document import (
 from cm3.tokenizers.image import ImageTokenizer
 from cm3.tokenizers.text import TextTokenizer
 from cm3.tokenizers.vocabulary import Vocabulary
+from cm3.training.contexts import Contexts, RetrievalConfig
 
 REPORT_FILE = "report.json"
 
@@ -54,6 +55,8 @@ class PrepareConfig:
     """Folder that holds `tokenizer.model`."""
     image_tokenizer: str
     """Folder that holds `image_tokenizer.json` and `image_tokenizer.safetensors`."""
+    retrieval: RetrievalConfig | None = None
+    """Documents to retrieve for each row, which then stand before it; null is none."""
     num_sentinels: int = 512
     """Sentinels of the vocabulary: the most spans that can be masked in one context."""
     rows_per_shard: int = 8192
@@ -163,6 +166,8 @@ class Preparer:
         image.to(automatic if config.device == "auto" else config.device)
         self.tokenizer = DocumentTokenizer(text, image, vocabulary)
         self._tokenizer_hash = self.tokenizer.hash
+        device = str(image.device)
+        self._contexts = Contexts(config.retrieval, self._tokenizer_hash, device) if config.retrieval else None
 
     @property
     def num_shards(self) -> int:
@@ -187,7 +192,8 @@ class Preparer:
     def _tokenized(self, rows: range) -> Iterator[TokenizedDocument]:
         raw = self.source.rows(rows.start, rows.stop)
         while batch := list(islice(raw, self.config.batch_size)):
-            yield from self.tokenizer.tokenize(batch)
+            tokenized = self.tokenizer.tokenize(batch)
+            yield from self._contexts.extended(batch, tokenized) if self._contexts else tokenized
 
     def _settings(self, rows: range) -> str:
         """A hash of all that decides the content of a shard."""
@@ -199,17 +205,11 @@ class Preparer:
             "tokenizer": self._tokenizer_hash,
             "precision": self.config.precision,
             "rows": [rows.start, rows.stop],
-            "files": _fingerprint(self.config.data.path),
+            "files": fingerprint(self.config.data.path),
         }
+        if self._contexts:
+            content["retrieval"] = self._contexts.content
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(path: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of the raw files, so that changed rows are prepared anew."""
-    root = Path(path)
-    found = sorted(root.rglob("*")) if root.is_dir() else [root]
-    files = [file for file in found if path and file.is_file()]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _reports(config: PrepareConfig, preparer: Preparer) -> Iterator[PrepareReport]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ from cm3.errors import CM3Error, ConfigError, DataError
 from cm3.tokenizers.document import Document, Image, Text
 from cm3.tokenizers.image import load_image
 
+SourceKind = Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset"]
+
 _NAMED_ROWS = 20
 
 
@@ -21,7 +24,7 @@ _NAMED_ROWS = 20
 class SourceConfig:
     """Which raw rows to read, and which of their columns."""
 
-    kind: Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset"]
+    kind: SourceKind
     """scenes: drawn by `cm3.data.scenes`; parquet: a file, a glob or a folder holding `<split>*.parquet`;
     hub: a name on the Hugging Face Hub or a local folder in its layout; jsonl: one object a line, image paths
     relative to the file; folder: images with a .txt of the same name each, or metadata.jsonl / metadata.csv
@@ -184,6 +187,29 @@ class Source:
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
             raise DataError(f"the text is not valid Unicode ({error.reason})") from error
         return texts
+
+
+def kind_of(path: str) -> SourceKind:
+    """How the rows at a path are stored, by its name and, for a folder, by what is in it."""
+    if path == "scenes":
+        return "scenes"
+    by_suffix: dict[str, SourceKind] = {".parquet": "parquet", ".jsonl": "jsonl", ".tar": "webdataset"}
+    folder = Path(path)
+    if folder.suffix in by_suffix:
+        return by_suffix[folder.suffix]
+    if not folder.is_dir():
+        return "hub"
+    if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
+        return "parquet"
+    return "webdataset" if any(folder.glob("*.tar")) else "folder"
+
+
+def fingerprint(path: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of the raw files, so that changed rows are prepared anew; none for scenes."""
+    if not path:
+        return []
+    found = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
 
 
 def open_source(config: SourceConfig) -> Source:

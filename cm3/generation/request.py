@@ -120,7 +120,7 @@ def check_request(
         raise RequestError(
             f"request {index} has {longest} prompt ids and asks for {request.max_new_tokens} new ones, "
             f"together {longest + request.max_new_tokens}; the model has {max_positions} positions: shorten "
-            "the prompt or ask for fewer new ids"
+            "the prompt, retrieve fewer documents or ask for fewer new ids"
         )
     fewest = request.grammar.fewest_ids()[request.grammar.start]
     if request.max_new_tokens < fewest:

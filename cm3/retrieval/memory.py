@@ -14,6 +14,7 @@ N queries or documents   E embedding width   K results of a query
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from cm3.checkpoint import read_json, write_json
 from cm3.data.shards import INDEX_FILE, SHARDS_FOLDER, ShardedDocuments, write_index
 from cm3.data.sources import RowReport, Source
 from cm3.errors import ConfigError, DataError, ModelFilesError
-from cm3.retrieval.encoder import Encoder
+from cm3.pretrained import DEMO
+from cm3.retrieval.encoder import Encoder, open_encoder
 from cm3.retrieval.index import IndexKind, VectorIndex
-from cm3.retrieval.parts import PartRecipe, PartVectors, vectors_path, write_parts
+from cm3.retrieval.parts import PartRecipe, PartVectors, part_content, vectors_path, write_parts
 from cm3.retrieval.select import Candidate
 from cm3.retrieval.vectors import mixed_vectors
 from cm3.tokenizers.document import DocumentTokenizer, TokenizedDocument
@@ -68,6 +70,13 @@ class Memory:
     def tokenizer_hash(self) -> str:
         """Hash of the tokenizers of the segments."""
         return self._documents.tokenizer_hash
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) of all that decides what a search finds: the documents, which are deleted, their vectors."""
+        parts = [part_content(self.folder, number) for number in range(len(self._parts))]
+        content = [parts, self._settings["deleted"], self.renormalize]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @classmethod
     def build(
@@ -158,6 +167,21 @@ class Memory:
         if tokenizer_hash is not None:
             memory.check_tokenizer(tokenizer_hash)
         return memory
+
+    def open_encoder(self, name: str | Path | None = None, device: str | None = None) -> Encoder:
+        """Open the encoder that the memory was built with.
+
+        Args:
+            name: See `cm3.retrieval.encoder.open_encoder`; None takes the name that is kept here.
+            device: Torch device; None is a GPU if there is one.
+
+        Raises:
+            ModelFilesError: it is another encoder.
+            RequestError: the name leads nowhere; encoders that were moved are opened by their new name.
+        """
+        encoder = open_encoder(name or self.encoder_name or DEMO, device)
+        self.check_encoder(encoder)
+        return encoder
 
     def check_encoder(self, encoder: Encoder) -> None:
         """Raise ModelFilesError if the memory was built with another encoder: their vectors do not compare."""
@@ -291,9 +315,7 @@ class Memory:
 
     def _open_index(self) -> VectorIndex:
         """The index of exactly the documents that are there, built where it is missing or of others."""
-        content = f"{self._total} {self._settings['deleted']} {self.encoder_hash} {self.renormalize}"
-        fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        folder = self.folder / INDEX_FOLDER
+        folder, fingerprint = self.folder / INDEX_FOLDER, self.hash
         if folder.is_dir():
             index = VectorIndex.open(folder)
             if index.fingerprint == fingerprint:

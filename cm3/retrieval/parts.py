@@ -24,7 +24,7 @@ import torch
 
 from cm3.checkpoint import atomic_path
 from cm3.data.shards import read_shard_metadata, shard_path, write_shard
-from cm3.data.sources import RowReport, SourceConfig, open_source
+from cm3.data.sources import RowReport, SourceConfig, fingerprint, open_source
 from cm3.errors import DataError
 from cm3.retrieval.encoder import Encoder, encode_documents
 from cm3.tokenizers.document import DocumentTokenizer, TokenizedDocument
@@ -92,7 +92,7 @@ class PartWriter:
         """A hash of all that decides the content of a part."""
         data = asdict(replace(self.recipe.source, limit=len(self.source), max_bad_fraction=0))
         data.pop("limit")
-        content = [data, self._hashes, [rows.start, rows.stop], _file_states(self.recipe.source.path)]
+        content = [data, self._hashes, [rows.start, rows.stop], fingerprint(self.recipe.source.path)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -122,11 +122,9 @@ def _make_in_worker(index: int) -> RowReport:
     return _worker.make(index)
 
 
-def _file_states(path: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of the raw files, so that changed rows are read anew."""
-    root = Path(path)
-    found = sorted(root.rglob("*")) if root.is_dir() else [root]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if path and file.is_file()]
+def part_content(folder: str | Path, number: int) -> str | None:
+    """The hash of all that decides the content of a written part: rows, tokenizers, encoder."""
+    return (read_shard_metadata(shard_path(folder, number)) or {}).get(_CONTENT_KEY)
 
 
 def vectors_path(folder: str | Path, number: int) -> Path:

@@ -56,15 +56,18 @@ class Retriever:
             rngs: One for each example: what it gets does not depend on the others.
         """
         dropped = [self._drop_words(document, rng) for document, rng in zip(documents, rngs)]
-        pools = self._pools(documents, dropped)
+        pools = self._pools(documents, dropped, self.config)
         return [draw(pool, self.config, rng) for pool, rng in zip(pools, rngs)]
 
-    def for_prompts(self, documents: Sequence[Document]) -> list[list[Candidate]]:
-        """The K documents of the highest scores for each prompt, best first, by whatever a prompt has.
+    def for_prompts(self, documents: Sequence[Document], count: int) -> list[list[Candidate]]:
+        """The documents of the highest scores for each prompt, best first, by whatever a prompt has.
 
-        A prompt to draw from is a document of its text, a picture to caption one of the picture.
+        Args:
+            documents: A prompt to draw from is a document of its text, a picture to caption one of the picture.
+            count: Documents of a prompt at most.
         """
-        return [best(pool, self.config) for pool in self._pools(documents, documents)]
+        config = replace(self.config, num_documents=count, per_modality=max(count, self.config.per_modality))
+        return [best(pool, config) for pool in self._pools(documents, documents, config)]
 
     def _drop_words(self, document: Document, rng: np.random.Generator) -> Document:
         segments = tuple(
@@ -73,7 +76,7 @@ class Retriever:
         )
         return replace(document, segments=segments)
 
-    def _pools(self, documents: Sequence[Document], queries: Sequence[Document]) -> list[Pool]:
+    def _pools(self, documents: Sequence[Document], queries: Sequence[Document], config: SelectionConfig) -> list[Pool]:
         """What the rules leave for each document, searched for by its query; more is searched where it is too few."""
         text_NE, image_NE = encode_documents(self.encoder, documents)
         searched: dict[Modality, np.ndarray] = {"image": image_NE, "text": text_NE}
@@ -89,15 +92,16 @@ class Retriever:
             found = {name: self.memory.candidates(vectors[pending], count) for name, vectors in searched.items()}
             for place, number in enumerate(pending):
                 ranked = {name: found[name][place] for name, vectors in searched.items() if vectors[number].any()}
-                pools[number] = pool(items[number], ranked, self.config)
+                pools[number] = pool(items[number], ranked, config)
             if count >= min(len(self.memory), MOST_CANDIDATES):
                 break
-            pending = [number for number in pending if self._lacks(pools[number])]
+            pending = [number for number in pending if _lacks(pools[number], config)]
             count = min(_GROWTH * count, MOST_CANDIDATES)
         return pools
 
-    def _lacks(self, pooled: Pool) -> bool:
-        return any(len(candidates) < self.config.per_modality for candidates in pooled.values())
+
+def _lacks(pooled: Pool, config: SelectionConfig) -> bool:
+    return any(len(candidates) < config.per_modality for candidates in pooled.values())
 
 
 def _texts_only(document: Document) -> Document:

@@ -1,0 +1,104 @@
+"""Options that several verbs of the `cm3` command share, and how they become arguments of `cm3.pipeline`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def box(text: str) -> tuple[int, int, int, int]:
+    """Parse LEFT,TOP,RIGHT,BOTTOM."""
+    try:
+        left, top, right, bottom = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a box; write LEFT,TOP,RIGHT,BOTTOM in pixels, such as 16,16,48,48"
+        ) from None
+    return left, top, right, bottom
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Parse START,STOP."""
+    try:
+        start, stop = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval; write START,STOP, such as 0.1,0.8") from None
+    return start, stop
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add which model is used, and where."""
+    parser.add_argument(
+        "--model",
+        default="demo",
+        metavar="NAME",
+        help="a model folder, a Hugging Face Hub name, or `demo`, the model inside this package (default: demo)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> None:
+    """Add how ids are drawn.
+
+    Args:
+        guidance: Whether there is a prompt to compare with.
+    """
+    group = parser.add_argument_group("sampling", "each is the model's own default where left out")
+    if guidance:
+        group.add_argument("--sampler", metavar="NAME", help="top-p, temperature, cd-k (contrastive), or mixed")
+        group.add_argument(
+            "--guidance-scale", type=float, metavar="S", help="weight of classifier-free guidance; 1 turns it off"
+        )
+        group.add_argument(
+            "--guidance-interval",
+            type=interval,
+            metavar="A,B",
+            help="guide or contrast only between these shares of a picture; 0,1 is all of it",
+        )
+        group.add_argument("--contrast-alpha", type=float, metavar="A", help="cd-k: least plausibility, up to 1")
+        group.add_argument("--contrast-k", type=int, metavar="K", help="cd-k: rank that plausibility is relative to")
+        group.add_argument("--negative", default="", metavar="TEXT", help="what guidance moves away from")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token every time")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0 is off")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P; 1 is off")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same seed gives the same result, alone or in any batch (default: 0)",
+    )
+
+
+_SAMPLING = (
+    "sampler",
+    "guidance_scale",
+    "guidance_interval",
+    "contrast_alpha",
+    "contrast_k",
+    "temperature",
+    "top_k",
+    "top_p",
+)
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling settings that were given."""
+    return {name: getattr(args, name) for name in _SAMPLING if getattr(args, name, None) is not None}
+
+
+def add_retrieval(parser: argparse.ArgumentParser) -> None:
+    """Add documents for the context."""
+    group = parser.add_argument_group("retrieval")
+    group.add_argument("--retrieve", type=int, default=0, metavar="K", help="documents before the prompt (default: 0)")
+    group.add_argument("--memory", metavar="FOLDER", help="where they come from; made by `cm3 index build`")
+    group.add_argument("--encoder", metavar="NAME", help="the memory's encoder, where it is not under its own name")
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """Load the model of `add_model` and open the memory of `add_retrieval`."""
+    from cm3.pipeline import CM3
+
+    model = CM3.from_pretrained(args.model, device=args.device)
+    if getattr(args, "memory", None):
+        model.use_memory(args.memory, encoder=args.encoder)
+    return model
