@@ -11,6 +11,8 @@ from PIL import Image as PILImage
 
 from cm3.errors import RequestError
 from cm3.generation.context import ContextDocument
+from cm3.generation.settings import SamplingSettings
+from cm3.retrieval.encoder import Encoder
 
 RankerName = Literal["likelihood", "clip", "both"]
 RANKERS: dict[str, tuple[str, ...]] = {
@@ -72,3 +74,18 @@ def check_ranking(best_of: int, rank: str | None) -> tuple[str, ...]:
     if best_of == 1:
         raise RequestError(f"rank={rank!r} has one candidate a picture to choose from; set best_of to 2 or more")
     return RANKERS[rank]
+
+
+def check_negative(negative: str, settings: SamplingSettings) -> None:
+    """Refuse a negative prompt that nothing would be compared with."""
+    if negative.strip() and settings.guidance_scale == 1 and settings.sampler not in ("cd-k", "mixed"):
+        raise RequestError(
+            f"negative={negative!r} has no effect at guidance_scale=1; raise guidance_scale, or choose sampler='cd-k'"
+        )
+
+
+def fit(encoder: Encoder, prompts: Sequence[str], pictures: Sequence[PILImage.Image]) -> list[float]:
+    """Cosine of each picture with its prompt; the pictures come prompt after prompt, equally many of each."""
+    text_NE, image_NE = encoder.encode_texts(prompts), encoder.encode_images(pictures)
+    fits: list[float] = (np.repeat(text_NE, len(pictures) // len(prompts), axis=0) * image_NE).sum(axis=1).tolist()
+    return fits

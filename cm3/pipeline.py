@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 
 from cm3.checkpoint import read_json
-from cm3.drawing import Drawing, RankerName, check_ranking
+from cm3.drawing import Drawing, RankerName, check_negative, check_ranking, fit
 from cm3.errors import ModelFilesError, RequestError
 from cm3.generation.context import ContextDocument, ContextFinder
 from cm3.generation.engine import Engine
@@ -23,7 +23,7 @@ from cm3.generation.settings import SamplingSettings
 from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model
 from cm3.model.transformer import Transformer
 from cm3.pretrained import DEMO, resolve_model
-from cm3.retrieval.encoder import Encoder, open_encoder
+from cm3.retrieval.encoder import open_encoder
 from cm3.tokenizers.document import Document, DocumentTokenizer, Image, Text, TokenizedDocument
 from cm3.tokenizers.image import central_square, load_image, to_square
 
@@ -245,7 +245,7 @@ class CM3:
             if not text.strip():
                 raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
         rankers, settings = check_ranking(best_of, rank), self._settings(sampling)
-        _check_negative(negative, settings)
+        check_negative(negative, settings)
         if not prompts:
             return []
         found = self._find([Document((Text(text),)) for text in prompts], retrieve)
@@ -266,7 +266,7 @@ class CM3:
             likelihoods = own_likelihood(self.transformer, self.tokenizer.vocabulary, requests, outputs)
             scores["likelihood"] = [score for samples in likelihoods for score in samples]
         if "clip" in rankers:
-            scores["clip"] = _fit(open_encoder(ranker, str(self.device)), prompts, pictures)
+            scores["clip"] = fit(open_encoder(ranker, str(self.device)), prompts, pictures)
         drawings = []
         for start in range(0, len(pictures), best_of):
             number, first_seed = start // (num_images * best_of), seed + start % (num_images * best_of)
@@ -347,7 +347,7 @@ class CM3:
             RequestError: the picture is broken, or the box is empty or leaves its central square.
         """
         settings = self._settings(sampling)
-        _check_negative(negative, settings)
+        check_negative(negative, settings)
         original = load_image(image)
         left, top, side = _square_around(original, box)
         square = to_square(original, self.image_size)
@@ -447,21 +447,6 @@ class CM3:
 
     def _text(self, new_ids: np.ndarray) -> str:
         return self.tokenizer.text.decode(self._prompts.text_tokens(new_ids))
-
-
-def _fit(encoder: Encoder, prompts: Sequence[str], pictures: Sequence[PILImage.Image]) -> list[float]:
-    """Cosine of each picture with its prompt; the pictures come prompt after prompt, equally many of each."""
-    text_NE, image_NE = encoder.encode_texts(prompts), encoder.encode_images(pictures)
-    fits: list[float] = (np.repeat(text_NE, len(pictures) // len(prompts), axis=0) * image_NE).sum(axis=1).tolist()
-    return fits
-
-
-def _check_negative(negative: str, settings: SamplingSettings) -> None:
-    """Refuse a negative prompt that nothing would be compared with."""
-    if negative.strip() and settings.guidance_scale == 1 and settings.sampler not in ("cd-k", "mixed"):
-        raise RequestError(
-            f"negative={negative!r} has no effect at guidance_scale=1; raise guidance_scale, or choose sampler='cd-k'"
-        )
 
 
 def _device(name: str | torch.device | None) -> torch.device:

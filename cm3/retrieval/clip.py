@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cm3.checkpoint import WEIGHTS_FILE, load_strict, load_tensors, read_json, save_tensors, write_json
 from cm3.errors import ConfigError, ModelFilesError
 from cm3.pretrained import CONFIG_FILE
+from cm3.retrieval.vectors import in_batches
 from cm3.tokenizers.document import TEXT_TOKENIZER_FILE
 from cm3.tokenizers.image import WeightPrecision, load_image, pixels_to_model, to_square
 from cm3.tokenizers.text import TextTokenizer
@@ -231,7 +232,7 @@ class ClipEncoder:
             tokens_BT, mask_BT = text_batch(part, self.tokenizer, self.config.max_text_tokens)
             return self.model.encode_texts(tokens_BT.to(self.device), mask_BT.to(self.device))
 
-        return _in_batches(encode, texts, self.batch_size, self.width)
+        return in_batches(encode, texts, self.batch_size, self.width)
 
     def encode_images(self, images: Sequence[PILImage.Image]) -> Float[np.ndarray, "N E"]:
         """Unit vectors of pictures, see `cm3.retrieval.encoder.Encoder`."""
@@ -240,7 +241,7 @@ class ClipEncoder:
             pixels_BHWC = np.stack([np.asarray(to_square(load_image(image), self.config.image_size)) for image in part])
             return self.model.encode_images(pixels_to_model(torch.from_numpy(pixels_BHWC).to(self.device)))
 
-        return _in_batches(encode, images, self.batch_size, self.width)
+        return in_batches(encode, images, self.batch_size, self.width)
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors` and `tokenizer.model` into a folder."""
@@ -271,14 +272,3 @@ class ClipEncoder:
             raise ModelFilesError(f"{folder / CONFIG_FILE} is no configuration of an encoder: {error}") from error
         load_strict(model, load_tensors(folder / WEIGHTS_FILE), str(folder))
         return cls(model, TextTokenizer.load(folder / TEXT_TOKENIZER_FILE), precision, device)
-
-
-@torch.inference_mode()
-def _in_batches(
-    encode: Callable[[Sequence], Tensor], items: Sequence, batch_size: int, width: int
-) -> Float[np.ndarray, "N E"]:
-    """`encode` over parts of `items`, as one array."""
-    parts = [np.empty((0, width), dtype=np.float32)]
-    for start in range(0, len(items), batch_size):
-        parts.append(encode(items[start : start + batch_size]).float().cpu().numpy())
-    return np.concatenate(parts)

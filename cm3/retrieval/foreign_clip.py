@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image as PILImage
+from torch import Tensor
 
 from cm3.checkpoint import read_json
 from cm3.errors import MissingDependencyError, ModelFilesError, RequestError
-from cm3.retrieval.vectors import unit_rows
+from cm3.retrieval.vectors import in_batches, unit_rows
 from cm3.tokenizers.image import load_image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -138,31 +139,28 @@ class ForeignClipEncoder:
         """SHA-256 (hex) of the files and the preprocessing."""
         return hashlib.sha256(f"{self._source_hash}\n{self.preprocessing}".encode()).hexdigest()
 
-    @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
         """Unit vectors of texts, see `cm3.retrieval.encoder.Encoder`."""
-        parts = [np.empty((0, self.width), dtype=np.float32)]
-        for start in range(0, len(texts), self.batch_size):
+
+        def encode(part: Sequence[str]) -> Tensor:
             tokens = self.tokenizer(
-                list(texts[start : start + self.batch_size]),
-                padding=True,
-                truncation=True,
-                max_length=self._max_tokens,
-                return_tensors="pt",
+                list(part), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
             ).to(self.device)
             pooled_BD = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-            parts.append(self.model.text_projection(pooled_BD).cpu().numpy())
-        return unit_rows(np.concatenate(parts))
+            vectors_BE: Tensor = self.model.text_projection(pooled_BD)
+            return vectors_BE
 
-    @torch.inference_mode()
+        return unit_rows(in_batches(encode, texts, self.batch_size, self.width))
+
     def encode_images(self, images: Sequence[PILImage.Image]) -> Float[np.ndarray, "N E"]:
         """Unit vectors of pictures, see `cm3.retrieval.encoder.Encoder`."""
-        parts = [np.empty((0, self.width), dtype=np.float32)]
-        for start in range(0, len(images), self.batch_size):
-            image_BCHW = self.preprocessing(images[start : start + self.batch_size]).to(self.device)
-            pooled_BD = self.model.vision_model(image_BCHW).pooler_output
-            parts.append(self.model.visual_projection(pooled_BD).cpu().numpy())
-        return unit_rows(np.concatenate(parts))
+
+        def encode(part: Sequence[PILImage.Image]) -> Tensor:
+            pooled_BD = self.model.vision_model(self.preprocessing(part).to(self.device)).pooler_output
+            vectors_BE: Tensor = self.model.visual_projection(pooled_BD)
+            return vectors_BE
+
+        return unit_rows(in_batches(encode, images, self.batch_size, self.width))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device | None = None) -> ForeignClipEncoder:

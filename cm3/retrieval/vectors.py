@@ -1,12 +1,17 @@
-"""Unit vectors, and the vector of a document as the mean of its text's and its picture's (spec 3.1).
+"""Unit vectors, encoding in batches, and the vector of a document as the mean of its text's and its picture's
+(spec 3.1).
 
 N rows   E embedding width
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 
 def unit_rows(vectors_NE: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N E"]:
@@ -35,3 +40,14 @@ def mixed_vectors(
     count_N = is_present(text_NE).astype(np.float32) + is_present(image_NE)
     mean_NE = (text_NE.astype(np.float32) + image_NE) / np.maximum(count_N, 1)[:, None]
     return unit_rows(mean_NE) if renormalize else mean_NE
+
+
+@torch.inference_mode()
+def in_batches(
+    encode: Callable[[Sequence], Tensor], items: Sequence, batch_size: int, width: int
+) -> Float[np.ndarray, "N E"]:
+    """`encode` over parts of `items`, as one array."""
+    parts = [np.empty((0, width), dtype=np.float32)]
+    for start in range(0, len(items), batch_size):
+        parts.append(encode(items[start : start + batch_size]).float().cpu().numpy())
+    return np.concatenate(parts)
