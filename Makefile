@@ -1,6 +1,7 @@
 # make demo   pictures from words and words from pictures, with the model inside the package
 # make test   the whole test suite
 # make lint   style and types
+# make retrieval-study   with and without retrieved documents, three seeds each
 # make clean  remove what these made, the environment included
 #
 # Each sets up the virtual environment .venv by itself, once, from the versions in constraints.txt, and is safe
@@ -17,10 +18,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint typecheck wheel clean
+.PHONY: help demo test lint typecheck wheel retrieval-study clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 demo: $(RUN)
 	@echo "==> Drawing and captioning; the contact sheet goes to demo-output/"
@@ -64,6 +65,17 @@ $(DEV): $(RUN)
 	@echo "==> Installing the development tools"
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	@touch $@
+
+STUDY := runs/retrieval
+retrieval-study: $(RUN)
+	$(BIN)/cm3 index build scenes --limit 20000 --out $(STUDY)/memory
+	$(BIN)/cm3 index build scenes --split novel --limit 2000 --out $(STUDY)/novel_memory
+	$(BIN)/cm3 prepare configs/retrieval/prepare_plain.yaml
+	$(BIN)/cm3 prepare configs/retrieval/prepare_retrieved.yaml
+	set -e; for kind in plain retrieved; do for seed in 0 1 2; do run=$(STUDY)/$${kind}_$$seed; \
+	$(BIN)/cm3 train configs/retrieval/model.yaml --data.train $(STUDY)/$$kind/train --seed $$seed --output $$run; \
+	$(BIN)/cm3 eval configs/retrieval/eval.yaml --model $$run/model --output $$run/eval; done; done
+	$(BIN)/cm3 compare --group plain $(STUDY)/plain_*/eval --group retrieved $(STUDY)/retrieved_*/eval
 
 clean:
 	rm -rf $(VENV) build dist .typecheck demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,6 +31,7 @@ setup(
         "cm3.model",
         "cm3.data",
         "cm3.generation",
+        "cm3.interop",
         "cm3.retrieval",
         "cm3.tokenizers",
         "cm3.training",

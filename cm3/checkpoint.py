@@ -6,6 +6,7 @@ that a reader, or a run that resumes after a crash, finds the old content or the
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD_PATTERN = "model{suffix}.safetensors"
 _MAX_NAMES_IN_ERROR = 8
+_LEFTOVER = re.compile(r"\.[0-9a-f]{8}\.(tmp|old)\..+|\.tmp\w{6}")  # the second is what safetensors writes into
 
 
 @contextmanager
@@ -50,6 +52,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _flush_entry(path.parent)
     finally:
         _remove(temporary)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all that it holds; whoever looks for it finds it whole or not at all."""
+    doomed = path.with_name(f".{secrets.token_hex(4)}.old.{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writes into `folder` left beside their places when they were killed; none may be going on."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            _remove(path)
 
 
 def _flush(path: Path) -> None:
@@ -109,7 +125,12 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict
     with atomic_path(path) as temporary:
         temporary.touch()
         usual_mode = temporary.stat().st_mode
-        save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(on_cpu, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk among others; told as Python tells it
+            number = re.search(r"os error (\d+)", str(error))
+            code = (int(number[1]), os.strerror(int(number[1]))) if number else (0, str(error))
+            raise OSError(*code, str(path)) from error
         temporary.chmod(usual_mode)  # safetensors leaves a file that only its owner can read
 
 
@@ -123,6 +144,19 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ModelFilesError(f"cannot read {path}: no such file; check the path")
     try:
         return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelFilesError(f"{path} is damaged ({error}); write or download it again") from error
+
+
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a safetensors file from its header, which also tells the length of the file.
+
+    Raises:
+        ModelFilesError: there is no such file, or it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ModelFilesError(f"{path} is damaged ({error}); write or download it again") from error
 

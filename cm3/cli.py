@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cm3 import __version__, cli_bench, cli_index
+from cm3 import __version__, cli_bench, cli_compare, cli_index, cli_instruct
 from cm3.cli_options import add_model, add_retrieval, add_sampling, box, load_model, sampling
 from cm3.errors import CM3Error
 
@@ -19,7 +19,8 @@ class Verb:
 
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    """Returns the exit code where it is not always 0."""
     example: str
 
 
@@ -28,10 +29,19 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
     parser.add_argument("--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go")
     add_sampling(parser, guidance=True)
-    add_retrieval(parser)
+    add_retrieval(parser).add_argument(
+        "--unconditional-context",
+        choices=("keep", "drop"),
+        default="keep",
+        help="whether what guidance compares with keeps the retrieved documents (default: keep)",
+    )
     group = parser.add_argument_group("re-ranking")
     group.add_argument("--best-of", type=int, default=1, metavar="N", help="candidates a picture (default: 1)")
-    group.add_argument("--rank", metavar="HOW", help="keep the best by likelihood (the model's own), clip, or both")
+    group.add_argument(
+        "--rank",
+        metavar="HOW",
+        help="keep the best by likelihood (the model's own), caption (the prompt's, given the picture), clip, or both",
+    )
     group.add_argument("--ranker", default="demo", metavar="NAME", help="the encoder of clip (default: demo)")
     add_model(parser)
 
@@ -41,7 +51,8 @@ def _generate(args: argparse.Namespace) -> None:
     from cm3.gallery import save_gallery
 
     model = load_model(args)
-    request = {name: getattr(args, name) for name in ("seed", "negative", "retrieve", "best_of", "rank", "ranker")}
+    names = ("seed", "negative", "retrieve", "unconditional_context", "best_of", "rank", "ranker")
+    request = {name: getattr(args, name) for name in names}
     samples = model.draw(args.prompt, num_images=args.num_images, **request, **sampling(args))
     drawings = [drawing for drawings in samples for drawing in drawings]
     summary = ranking_summary(drawings)
@@ -130,6 +141,18 @@ def _prepare(args: argparse.Namespace) -> None:
     prepare(args.config, args.overrides)
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint folder, or that of a run: its newest good one")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the model folder to write")
+    parser.add_argument("--tokenizers", metavar="FOLDER", help="where the data of the run no longer lie at their place")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from cm3.training.export import export_checkpoint
+
+    print(f"{args.out}: from {export_checkpoint(args.checkpoint, args.out, args.tokenizers)}")
+
+
 def _show(args: argparse.Namespace) -> None:
     from cm3.training.stages import show
 
@@ -192,6 +215,30 @@ VERBS: dict[str, Verb] = {
         _eval,
         "cm3 eval configs/demo/eval.yaml --model demo",
     ),
+    "export": Verb(
+        "a model folder from a checkpoint of training",
+        _export_arguments,
+        _export,
+        "cm3 export runs/demo/model --out my-model",
+    ),
+    "validate": Verb(
+        "check instruction data: faults, figures, a page of examples",
+        cli_instruct.add_validate_arguments,
+        cli_instruct.validate,
+        "cm3 validate data/instruct.jsonl --sheet sheet.html",
+    ),
+    "convert": Verb(
+        "make instruction data of LLaVA, COCO, VQAv2, ControlNet, InstructPix2Pix or Parquet",
+        cli_instruct.add_convert_arguments,
+        cli_instruct.convert,
+        "cm3 convert coco captions_val2017.json --images val2017 --out data",
+    ),
+    "compare": Verb(
+        "figures of several evaluations side by side",
+        cli_compare.add_arguments,
+        cli_compare.run,
+        "cm3 compare --group plain runs/plain_0/eval runs/plain_1/eval --group retrieved runs/retrieved_0/eval",
+    ),
     "bench": Verb(
         "measure what the parts cost on this machine",
         cli_bench.add_arguments,
@@ -221,14 +268,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, or 2 after a one-line error on stderr."""
+    """Run one verb; return the exit code: 0, 1 where rows fail `validate`, 2 after a one-line error on stderr."""
     args = build_parser().parse_args(argv)
     try:
-        VERBS[args.verb].run(args)
+        return VERBS[args.verb].run(args) or 0
     except (CM3Error, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0

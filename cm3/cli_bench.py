@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+
+_SIZES = ("demo", "350m", "760m", "7b")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +19,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ("flat", "hnsw", "ivf", "ivf-pq")
     index.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="(default: all of them)")
     index.add_argument("--queries", type=int, default=512, metavar="N", help="(default: 512)")
-    index.add_argument("--seed", type=int, default=0, help="(default: 0)")
+
+    train = parts.add_parser(
+        "train", help="a training step part by part, beside that of Chameleon in transformers where it is installed"
+    )
+    _add_batch(train)
+    train.add_argument("--steps", type=int, default=20, metavar="N", help="steps that are timed (default: 20)")
+    train.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
+    train.add_argument("--compile", action="store_true", help="compile every block with torch.compile")
+    models = ("ours", "ours-chameleon", "transformers")
+    train.add_argument("--models", nargs="+", choices=models, default=models, help="(default: all of them)")
+
+    loader = parts.add_parser("loader", help="tokens a second of the data loader alone, beside those of training")
+    _add_batch(loader)
+    loader.add_argument("--data", metavar="FOLDER", help="what cm3 prepare wrote (default: random documents)")
+    loader.add_argument("--batches", type=int, default=200, metavar="N", help="(default: 200)")
+    loader.add_argument("--steps", type=int, default=10, metavar="N", help="training steps; 0: none (default: 10)")
+
+    loss = parts.add_parser("loss", help="peak memory of the chunked cross-entropy, beside that of the plain one")
+    loss.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the row (default: 4096)")
+    loss.add_argument("--vocabulary", type=int, default=65_536, metavar="N", help="ids (default: 65536)")
+    loss.add_argument("--width", type=int, default=1024, metavar="N", help="of the model (default: 1024)")
+    loss.add_argument("--chunks", nargs="+", type=int, default=(2048, 512), metavar="N", help="(default: 2048 512)")
+    loss.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
+    for part in (index, train, loader, loss):
+        part.add_argument("--seed", type=int, default=0, help="(default: 0)")
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=_SIZES, default="demo", help="of the model (default: demo)")
+    parser.add_argument("--rows", type=int, metavar="N", help="rows of a step (default: what fits the size)")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="positions of a row (default: the size's)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print a table."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("verb", "part", "local_rank")}
+    for name in ("kinds", "models", "chunks"):
+        if name in settings:
+            settings[name] = tuple(settings[name])
+    for line in _PARTS[args.part](settings):
+        print(line, flush=True)
+
+
+def _index(settings: dict) -> Iterator[str]:
     from cm3.eval.index_bench import IndexBench, measure, table
 
-    names = ("vectors", "width", "queries", "seed")
-    config = IndexBench(kinds=tuple(args.kinds), **{name: getattr(args, name) for name in names})
-    for line in table(config, measure(config)):
-        print(line, flush=True)
+    config = IndexBench(**settings)
+    return table(config, measure(config))
+
+
+def _train(settings: dict) -> Iterator[str]:
+    from cm3.eval.train_bench import TrainBench, measure, table
+
+    config = TrainBench(**settings)
+    return table(config, measure(config))
+
+
+def _loader(settings: dict) -> Iterator[str]:
+    from cm3.eval.loader_bench import LoaderBench, report
+
+    return report(LoaderBench(**settings))
+
+
+def _loss(settings: dict) -> Iterator[str]:
+    from cm3.eval.loss_bench import LossBench, measure, table
+
+    config = LossBench(**settings)
+    return table(config, measure(config))
+
+
+_PARTS: dict[str, Callable[[dict], Iterator[str]]] = {
+    "index": _index,
+    "train": _train,
+    "loader": _loader,
+    "loss": _loss,
+}

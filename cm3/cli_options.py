@@ -86,12 +86,13 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _SAMPLING if getattr(args, name, None) is not None}
 
 
-def add_retrieval(parser: argparse.ArgumentParser) -> None:
-    """Add documents for the context."""
+def add_retrieval(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add documents for the context; returns the group."""
     group = parser.add_argument_group("retrieval")
     group.add_argument("--retrieve", type=int, default=0, metavar="K", help="documents before the prompt (default: 0)")
     group.add_argument("--memory", metavar="FOLDER", help="where they come from; made by `cm3 index build`")
     group.add_argument("--encoder", metavar="NAME", help="the memory's encoder, where it is not under its own name")
+    return group
 
 
 def load_model(args: argparse.Namespace) -> Any:

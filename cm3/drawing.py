@@ -14,9 +14,10 @@ from cm3.generation.context import ContextDocument
 from cm3.generation.settings import SamplingSettings
 from cm3.retrieval.encoder import Encoder
 
-RankerName = Literal["likelihood", "clip", "both"]
+RankerName = Literal["likelihood", "caption", "clip", "both"]
 RANKERS: dict[str, tuple[str, ...]] = {
     "likelihood": ("likelihood",),
+    "caption": ("caption",),
     "clip": ("clip",),
     "both": ("likelihood", "clip"),
 }

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from cm3.errors import ModelFilesError, RequestError
 from cm3.generation.context import ContextDocument, ContextFinder
 from cm3.generation.engine import Engine
 from cm3.generation.prompts import Prompts, box_mask
-from cm3.generation.rerank import choose, own_likelihood
+from cm3.generation.rerank import caption_likelihood, choose, own_likelihood
 from cm3.generation.settings import SamplingSettings
 from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model
 from cm3.model.transformer import Transformer
@@ -214,6 +214,7 @@ class CM3:
         seed: int = 0,
         negative: str = "",
         retrieve: int = 0,
+        unconditional_context: Literal["keep", "drop"] = "keep",
         best_of: int = 1,
         rank: RankerName | None = None,
         ranker: str | Path = DEMO,
@@ -227,9 +228,12 @@ class CM3:
             seed: Candidate `j` of picture `i` of a prompt is drawn with seed + i * best_of + j.
             negative: What the pictures should not show, in the place of the prompt that guidance moves away from.
             retrieve: Documents from the memory (`use_memory`) before each prompt; 0 is none.
+            unconditional_context: Whether what guidance compares with keeps these documents: "keep" overstates the
+                prompt alone, "drop" the prompt and the documents.
             best_of: Candidates for each picture, of which the best by `rank` is kept; 1 is no ranking.
-            rank: By the model's own likelihood of a candidate, by how well an encoder finds that prompt and
-                picture fit (clip), or by both. See `cm3.generation.rerank`.
+            rank: By the model's own likelihood of a candidate, by that of the prompt as its caption, by how well an
+                encoder finds that prompt and picture fit (clip), or by both the first and the last. See
+                `cm3.generation.rerank`.
             ranker: The encoder of clip, see `open_encoder`.
             sampling: Fields of `SamplingSettings` that replace the model's defaults.
 
@@ -241,6 +245,8 @@ class CM3:
         """
         if num_images < 1:
             raise RequestError(f"num_images={num_images}; ask for at least 1")
+        if unconditional_context not in ("keep", "drop"):
+            raise RequestError(f"unconditional_context={unconditional_context!r} is unknown; choose keep or drop")
         for text in prompts:
             if not text.strip():
                 raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
@@ -254,6 +260,7 @@ class CM3:
                 self.tokenizer.text.encode(text),
                 negative=self._pieces(negative),
                 context=[item.document for item in items],
+                unconditional_context=unconditional_context,
                 seeds=tuple(range(seed, seed + num_images * best_of)),
             )
             for text, items in zip(prompts, found, strict=True)
@@ -265,6 +272,10 @@ class CM3:
         if "likelihood" in rankers:
             likelihoods = own_likelihood(self.transformer, self.tokenizer.vocabulary, requests, outputs)
             scores["likelihood"] = [score for samples in likelihoods for score in samples]
+        if "caption" in rankers:
+            texts = [self.tokenizer.text.encode(text) for text in prompts for _ in range(num_images * best_of)]
+            grids = list(codes.reshape(-1, *self.tokenizer.image.grid))
+            scores["caption"] = caption_likelihood(self.transformer, self._prompts, texts, grids)
         if "clip" in rankers:
             scores["clip"] = fit(open_encoder(ranker, str(self.device)), prompts, pictures)
         drawings = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from cm3.gallery import contact_sheet, save_gallery, save_image
 from cm3.pipeline import CM3
@@ -16,19 +17,24 @@ PROMPTS = (
 )
 
 
+CANDIDATES = 8
+"""Of each picture; the one is kept that the model itself would caption most likely with the prompt."""
+
+
 def make_demo(folder: Path, num_images: int = 4, seed: int = 0) -> Path:
     """Write the pictures, `settings.json` and `contact_sheet.png` into `folder`; return the sheet's path."""
     model = CM3.from_pretrained("demo")
-    print(f"drawing {len(PROMPTS) * num_images} pictures ...", flush=True)
+    print(f"drawing {len(PROMPTS) * num_images} pictures, the best of {CANDIDATES} each ...", flush=True)
     start = time.monotonic()
-    drawings = model.draw(PROMPTS, num_images=num_images, seed=seed)
+    options: dict[str, Any] = {"best_of": CANDIDATES, "rank": "caption", "temperature": 0.5}
+    drawings = model.draw(PROMPTS, num_images=num_images, seed=seed, **options)
     images = [[drawing.image for drawing in samples] for samples in drawings]
     print(f"  {time.monotonic() - start:.1f} s; captioning them ...", flush=True)
     start = time.monotonic()
     captions = iter(model.caption([image for samples in images for image in samples]))
     print(f"  {time.monotonic() - start:.1f} s", flush=True)
     pictures = [(drawing.image, drawing.record()) for samples in drawings for drawing in samples]
-    save_gallery(folder, pictures, {"model": "demo", "seed": seed, **model.settings()})
+    save_gallery(folder, pictures, {"model": "demo", "seed": seed, **model.settings(), **options})
     rows = []
     for prompt, samples in zip(PROMPTS, images, strict=True):
         rows.append((f"prompt: {prompt}", samples, [next(captions) for _ in samples]))

@@ -12,10 +12,14 @@ from PIL import Image as PILImage
 
 from cm3.config import to_dict
 from cm3.data.sources import SourceConfig, open_source
-from cm3.eval.images import psnr
-from cm3.eval.report import Estimate, TaskResult, mean, proportion
+from cm3.errors import DataError
+from cm3.eval.caption_metrics import bleu_counts, bleu_of_counts, cider
+from cm3.eval.caption_words import caption_words
+from cm3.eval.image_metrics import psnr, ssim
+from cm3.eval.protocol import BOOTSTRAP, NORMAL, WILSON, protocol
+from cm3.eval.report import Estimate, TaskResult, mean, of_sums, proportion
 from cm3.eval.task import fingerprint
-from cm3.pipeline import CM3
+from cm3.pipeline import CM3, MAX_CAPTION_TOKENS
 from cm3.tokenizers.document import Document, Image, Text
 from cm3.tokenizers.image import to_square
 
@@ -32,11 +36,13 @@ class PairSet:
     group_by: str | None = None
     """A column of the rows; figures are given for each of its values, and for all rows."""
 
-    def open(self) -> list[Document]:
-        """All usable rows as documents of a text and a picture."""
+    def open(self, *columns: str) -> list[Document]:
+        """All usable rows as documents of a text and a picture, with these columns among their metadata."""
         source = self.source
-        if self.group_by is not None and self.group_by not in source.metadata_columns:
-            source = replace(source, metadata_columns=(*source.metadata_columns, self.group_by))
+        wanted = [self.group_by, *columns]
+        missing = [column for column in wanted if column is not None and column not in source.metadata_columns]
+        if missing:
+            source = replace(source, metadata_columns=(*source.metadata_columns, *missing))
         return list(open_source(source))
 
     def groups(self, documents: Iterable[Document]) -> Iterator[tuple[str, list[int]]]:
@@ -61,6 +67,11 @@ def caption_of(document: Document) -> str:
     return " ".join(part.text for part in document.segments if isinstance(part, Text))
 
 
+def square_of(model: CM3) -> str:
+    """How pictures are prepared for a model, for protocol records."""
+    return f"central square, Lanczos to {model.image_size}x{model.image_size}, RGB of 8 bits"
+
+
 def picture_of(document: Document) -> PILImage.Image:
     """The first picture of a document."""
     return next(part.pixels for part in document.segments if isinstance(part, Image))
@@ -68,7 +79,7 @@ def picture_of(document: Document) -> PILImage.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Encode and decode pictures with the image tokenizer: PSNR of each, averaged."""
+    """Encode and decode pictures with the image tokenizer: PSNR and SSIM of each, averaged."""
 
     pairs: PairSet
     """The pictures."""
@@ -77,36 +88,91 @@ class Reconstruction:
         start = time.monotonic()
         documents = self.pairs.open()
         before = [to_square(picture_of(document), model.image_size) for document in documents]
-        values = [psnr(*pair) for pair in zip(before, model.reconstruct(before), strict=True)]
-        metrics = {
-            f"PSNR (dB), {group}": mean([values[i] for i in members]) for group, members in self.pairs.groups(documents)
+        pictures = list(zip(before, model.reconstruct(before), strict=True))
+        measures = {
+            "PSNR (dB)": [psnr(*pair) for pair in pictures],
+            "SSIM": [ssim(*pair) for pair in pictures],
         }
-        return TaskResult("reconstruction", metrics, self.pairs.record(documents), time.monotonic() - start)
+        metrics = {
+            f"{name}, {group}": mean([values[i] for i in members])
+            for group, members in self.pairs.groups(documents)
+            for name, values in measures.items()
+        }
+        record = protocol(
+            model,
+            references=self.pairs.record(documents),
+            preprocessing=square_of(model),
+            metrics={
+                "PSNR": "RGB together, peak 255, mean over pictures",
+                "SSIM": "Gaussian 11x11, sigma 1.5, mean over channels; as scikit-image with gaussian_weights=True, "
+                "use_sample_covariance=False",
+            },
+            interval=NORMAL,
+        )
+        return TaskResult("reconstruction", metrics, record, time.monotonic() - start)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captioning:
-    """Caption pictures greedily and compare with their captions: equality, and F1 of the words as multisets."""
+    """Caption pictures greedily and compare with their captions: BLEU, CIDEr-D, equality, and F1 of the words."""
 
     pairs: PairSet
     """The pictures with their captions."""
+    references_column: str | None = None
+    """A column with a list of captions of each picture, as COCO has five; null compares with the one caption."""
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
-        documents = self.pairs.open()
+        documents = self.pairs.open(*([self.references_column] if self.references_column else []))
+        references = [self._references(document) for document in documents]
         written = model.caption([picture_of(document) for document in documents], temperature=0.0)
-        wanted = [caption_of(document) for document in documents]
+        words = [caption_words(text) for text in written]
+        wanted = [[caption_words(text) for text in texts] for texts in references]
+        counts, agreement = bleu_counts(words, wanted), cider(words, wanted)
         metrics: dict[str, Estimate] = {}
         for group, members in self.pairs.groups(documents):
-            same = sum(written[i] == wanted[i] for i in members)
+            metrics[f"CIDEr-D, {group}"] = mean(agreement[members].tolist())
+            for n, estimate in enumerate(of_sums(counts[members], bleu_of_counts), 1):
+                metrics[f"BLEU-{n}, {group}"] = estimate
+            same = sum(written[i] in references[i] for i in members)
             metrics[f"caption equal, {group}"] = proportion(same, len(members))
-            metrics[f"word F1, {group}"] = mean([word_f1(written[i], wanted[i]) for i in members])
-        protocol = {
-            **self.pairs.record(documents),
-            "decoding": "greedy",
-            "words": "split at blanks, case kept",
-        }
-        return TaskResult("captioning", metrics, protocol, time.monotonic() - start)
+            closest = [max(word_f1(written[i], text) for text in references[i]) for i in members]
+            metrics[f"word F1, {group}"] = mean(closest)
+        record = protocol(
+            model,
+            references={
+                **self.pairs.record(documents),
+                "references": fingerprint("\n".join(texts) for texts in references),
+                "column": self.references_column,
+            },
+            preprocessing=square_of(model),
+            sampling=model.settings(temperature=0.0),
+            retrieve=0,
+            seed=0,
+            samples_per_prompt=1,
+            re_ranking="none",
+            metrics={
+                "CIDEr-D": "as pycocoevalcap 1.2, at most 10, papers print 100 times it; idf from the references of "
+                f"all {len(documents)} pictures, also for groups",
+                "BLEU": "as pycocoevalcap 1.2, corpus, closest reference length",
+                "words": "like PTBTokenizer 3.4.1 in lower case, for F1 split at blanks with case kept",
+            },
+            interval=f"CIDEr-D, F1: {NORMAL}; BLEU: {BOOTSTRAP}; equality: {WILSON}",
+            details={"decoding": "greedy", "max_caption_tokens": MAX_CAPTION_TOKENS},
+        )
+        return TaskResult("captioning", metrics, record, time.monotonic() - start)
+
+    def _references(self, document: Document) -> list[str]:
+        if self.references_column is None:
+            return [caption_of(document)]
+        found = document.metadata[self.references_column]
+        texts = [text for text in found if isinstance(text, str)] if isinstance(found, (list, tuple)) else []
+        if not texts or len(texts) != len(found):
+            raise DataError(
+                f"{document.metadata['row']}: column {self.references_column!r} holds {found!r:.60}; "
+                "references are a list of one or more texts"
+            )
+        return texts
 
 
 def word_f1(written: str, wanted: str) -> float:
@@ -155,8 +221,22 @@ class PictureMatching:
                     hits = sum(ranks[i] < k for i in members)
                     name = f"recall@{k} of {len(documents)}, guidance {scale:g}, {group}"
                     metrics[name] = proportion(hits, len(members))
-        protocol = {**self.pairs.record(documents), "seed": self.seed, "thumbnail_side": self.thumbnail_side}
-        return TaskResult("picture matching", metrics, protocol, time.monotonic() - start)
+        captions = [caption_of(document) for document in documents]
+        record = protocol(
+            model,
+            captions,
+            references=self.pairs.record(documents),
+            preprocessing=f"central square, box filter to {self.thumbnail_side}x{self.thumbnail_side}",
+            sampling=model.settings(),
+            guidance_scales=self.guidance_scales,
+            retrieve=0,
+            seed=self.seed,
+            samples_per_prompt=1,
+            re_ranking="none",
+            metrics={"recall@k": "rank of the original by mean squared difference of small RGB pictures"},
+            interval=WILSON,
+        )
+        return TaskResult("picture matching", metrics, record, time.monotonic() - start)
 
     def _thumbnail(self, image: PILImage.Image) -> np.ndarray:
         side = self.thumbnail_side

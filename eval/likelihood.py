@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cm3.eval.document_tasks import PairSet, caption_of
+from cm3.eval.document_tasks import PairSet, caption_of, square_of
+from cm3.eval.protocol import BOOTSTRAP, protocol
 from cm3.eval.report import Estimate, TaskResult, ratio
 from cm3.model.loss import next_token_loss
 from cm3.pipeline import CM3
@@ -44,4 +45,13 @@ class Likelihood:
                 ("bits per byte of text", text_bits, text_bytes),
             ):
                 metrics[f"{name}, {group}"] = ratio([bits[i] for i in members], [units[i] for i in members])
-        return TaskResult("likelihood", metrics, self.pairs.record(documents), time.monotonic() - start)
+        record = protocol(
+            model,
+            [caption_of(document) for document in documents],
+            references=self.pairs.record(documents),
+            preprocessing=square_of(model),
+            retrieve=0,
+            metrics={"bits": "-log2 p, left to right, text first; </s> and <break> count with the text"},
+            interval=BOOTSTRAP,
+        )
+        return TaskResult("likelihood", metrics, record, time.monotonic() - start)

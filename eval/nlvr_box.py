@@ -13,9 +13,10 @@ from PIL.Image import Image
 
 from cm3.data.sources import SourceConfig
 from cm3.errors import DataError
-from cm3.eval.document_tasks import PairSet, caption_of, picture_of
-from cm3.eval.images import psnr
+from cm3.eval.document_tasks import PairSet, caption_of, picture_of, square_of
+from cm3.eval.image_metrics import psnr
 from cm3.eval.nlvr_reader import BoxKind, kinds, parse_box_caption, read_box
+from cm3.eval.protocol import BOOTSTRAP, NORMAL, WILSON, protocol
 from cm3.eval.report import Estimate, TaskResult, mean, ratio, share
 from cm3.pipeline import CM3
 from cm3.tokenizers.document import Document
@@ -65,7 +66,14 @@ class BoxReconstruction:
             "round trip read as the original": share([a == b for a, b in zip(read_after, read_before, strict=True)]),
             "PSNR (dB)": mean([psnr(*pair) for pair in zip(before, after, strict=True)]),
         }
-        return TaskResult("box reconstruction", metrics, pairs.record(documents), time.monotonic() - start)
+        record = protocol(
+            model,
+            references=pairs.record(documents),
+            preprocessing=square_of(model),
+            metrics={"read": "cm3.eval.nlvr_reader", "PSNR": "RGB together, peak 255"},
+            interval=f"shares: {WILSON}; PSNR: {NORMAL}",
+        )
+        return TaskResult("box reconstruction", metrics, record, time.monotonic() - start)
 
 
 def _listed(document: Document, column: str) -> Kinds:
@@ -114,9 +122,20 @@ class BoxGeneration:
                 drawn += _read([samples[0] for samples in pictures])
             for name, value in _picture_metrics(drawn, wanted).items():
                 metrics[f"{name}, guidance {scale:g}"] = value
-        protocol = {**pairs.record(documents), **sampling, "seed": self.seed}
-        protocol |= {"samples per prompt": 1, "re-ranking": "none"}
-        return TaskResult("box generation", metrics, protocol, time.monotonic() - start)
+        record = protocol(
+            model,
+            captions,
+            references=pairs.record(documents),
+            sampling=model.settings(**sampling),
+            guidance_scales=self.guidance_scales,
+            retrieve=0,
+            seed=self.seed,
+            samples_per_prompt=1,
+            re_ranking="none",
+            metrics={"grader": "cm3.eval.nlvr_reader against the caption"},
+            interval=f"shares of pictures: {WILSON}; shares of objects: {BOOTSTRAP}",
+        )
+        return TaskResult("box generation", metrics, record, time.monotonic() - start)
 
 
 def _picture_metrics(drawn: Sequence[Kinds], wanted: Sequence[Kinds]) -> dict[str, Estimate]:
@@ -158,5 +177,18 @@ class BoxCaptioning:
             "captions in the grammar": share([objects is not None for objects in parsed]),
             "exact caption": share([a == b for a, b in graded]),
         }
-        protocol = {**pairs.record(documents), "decoding": "greedy"}
-        return TaskResult("box captioning", metrics, protocol, time.monotonic() - start)
+        record = protocol(
+            model,
+            [caption_of(document) for document in documents],
+            references=pairs.record(documents),
+            preprocessing=square_of(model),
+            sampling=model.settings(temperature=0.0),
+            retrieve=0,
+            seed=0,
+            samples_per_prompt=1,
+            re_ranking="none",
+            metrics={"grader": "cm3.eval.nlvr_reader.parse_box_caption against the box's caption"},
+            interval=f"shares of captions: {WILSON}; shares of objects: {BOOTSTRAP}",
+            details={"decoding": "greedy"},
+        )
+        return TaskResult("box captioning", metrics, record, time.monotonic() - start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,27 @@ from cm3.checkpoint import write_json, write_text
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` samples with its 95% interval, in the metric's own unit."""
+    """A mean over `count` samples with its 95% interval, in the metric's own unit.
+
+    Where nothing can be said about the error, as of a single sample, `low` and `high` are NaN, and reports say so.
+    """
 
     value: float
     low: float
     high: float
     count: int
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether there is an interval."""
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.count})"
+        interval = f"[{self.low:.4g}, {self.high:.4g}]" if self.has_interval else "[no interval]"
+        return f"{self.value:.4g} {interval} (n={self.count})"
 
 
-def proportion(successes: int, count: int, z: float = 1.96) -> Estimate:
+def proportion(successes: float, count: int, z: float = 1.96) -> Estimate:
     """A share of successes with its Wilson score interval (Wilson 1927), which stays inside [0, 1]."""
     if count == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
@@ -34,7 +43,7 @@ def proportion(successes: int, count: int, z: float = 1.96) -> Estimate:
     denominator = 1 + z * z / count
     centre = (share + z * z / (2 * count)) / denominator
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / denominator
-    return Estimate(share, min(centre - half, share), max(centre + half, share), count)
+    return Estimate(share, max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share)), count)
 
 
 def share(values: Iterable[bool | None]) -> Estimate:
@@ -58,13 +67,49 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
     return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), len(top))
 
 
+def of_sums(
+    rows_NF: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0, draws: int = 2000
+) -> list[Estimate]:
+    """Figures of a whole set, such as BLEU, with a percentile bootstrap over samples.
+
+    Args:
+        rows_NF: What each sample adds to the sums.
+        statistic: From sums, along the last axis, to one or more figures along the last axis.
+        seed: Of the draws.
+        draws: How many.
+    """
+    if len(rows_NF) == 0:
+        return [Estimate(math.nan, math.nan, math.nan, 0) for _ in statistic(np.ones(rows_NF.shape[1]))]
+    rng, parts = np.random.default_rng(seed), []
+    even = np.full(len(rows_NF), 1 / len(rows_NF))
+    for start in range(0, draws, 100):  # all draws at once of a large set would not fit into memory
+        times_KN = rng.multinomial(len(rows_NF), even, size=min(100, draws - start))
+        parts.append(statistic(times_KN @ rows_NF))
+    lows, highs = np.percentile(np.concatenate(parts), [2.5, 97.5], axis=0)
+    values = statistic(rows_NF.sum(0))
+    return [Estimate(float(v), float(low), float(high), len(rows_NF)) for v, low, high in zip(values, lows, highs)]
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """The unweighted mean of independent estimates, its interval made of theirs (Zou and Donner 2008,
+    Statistics in Medicine 27(10)): the distances to their bounds are added as squares."""
+    if not estimates:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    value = sum(item.value for item in estimates) / len(estimates)
+    below = math.hypot(*(item.value - item.low for item in estimates)) / len(estimates)
+    above = math.hypot(*(item.high - item.value for item in estimates)) / len(estimates)
+    return Estimate(value, value - below, value + above, sum(item.count for item in estimates))
+
+
 def mean(values: Sequence[float], z: float = 1.96) -> Estimate:
-    """The mean of real values with its normal interval."""
+    """The mean of real values with its normal interval; one value has none, and neither have infinite ones."""
     array = np.asarray(values, float)
     if len(array) == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    half = z * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
     value = float(array.mean())
+    if len(array) == 1 or not math.isfinite(value):
+        return Estimate(value, math.nan, math.nan, len(array))
+    half = z * array.std(ddof=1) / math.sqrt(len(array))
     return Estimate(value, value - half, value + half, len(array))
 
 
@@ -83,7 +128,7 @@ def markdown(results: Sequence[TaskResult]) -> str:
     lines = ["| task | metric | value | 95% interval | n |", "|---|---|---|---|---|"]
     for result in results:
         for name, estimate in result.metrics.items():
-            interval = f"{estimate.low:.4g} to {estimate.high:.4g}"
+            interval = f"{estimate.low:.4g} to {estimate.high:.4g}" if estimate.has_interval else "none"
             lines.append(f"| {result.task} | {name} | {estimate.value:.4g} | {interval} | {estimate.count} |")
     return "\n".join(lines) + "\n"
 
@@ -99,4 +144,6 @@ def _finite(value: Any) -> Any:
     """`value` with null in the place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from cm3.config import load_config, to_dict
 from cm3.errors import ConfigError
+from cm3.eval.compositional_task import CompositionalGeneration, DpgPictures, GenEvalPictures
 from cm3.eval.document_tasks import Captioning, PictureMatching, Reconstruction
+from cm3.eval.frechet_task import FrechetDistance
 from cm3.eval.likelihood import Likelihood
 from cm3.eval.nlvr_box import BoxCaptioning, BoxGeneration, BoxReconstruction
 from cm3.eval.report import markdown, write_report
+from cm3.eval.retrieval_tasks import DecodingStudy, RetrievedLikelihood, RetrievedSceneGeneration
 from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfilling, SceneReconstruction
 from cm3.pipeline import CM3
 
@@ -46,6 +49,20 @@ class EvalRun:
     """Whether pictures drawn from captions resemble their own originals most."""
     likelihood: Likelihood | None = None
     """Bits per image code and per byte of text on held-out documents."""
+    compositional_generation: CompositionalGeneration | None = None
+    """GenEval's six categories on scenes, graded by the oracle."""
+    frechet: FrechetDistance | None = None
+    """Distances between drawn and real pictures, and CLIPScore; FID and KID where their weights are given."""
+    geneval_pictures: GenEvalPictures | None = None
+    """Pictures of GenEval's prompts in its folder layout."""
+    dpg_pictures: DpgPictures | None = None
+    """Pictures of DPG-Bench's prompts in its folder layout."""
+    retrieved_likelihood: RetrievedLikelihood | None = None
+    """The same behind retrieved documents."""
+    retrieved_scene_generation: RetrievedSceneGeneration | None = None
+    """Pictures of scene captions behind retrieved documents."""
+    decoding: DecodingStudy | None = None
+    """Top-p, guidance, CD-K and their mixture, over 1, 2, 4, 8 samples a caption."""
 
 
 def evaluate(config_path: str, overrides: Sequence[str] = ()) -> str:

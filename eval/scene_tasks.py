@@ -12,7 +12,9 @@ from PIL import Image
 
 from cm3.data.scene_world import COLORS, SHAPES, SIDE, SIZES, SceneObject
 from cm3.data.scenes import NOVEL_PAIRS, SceneDataset
-from cm3.eval.images import psnr
+from cm3.drawing import RankerName
+from cm3.eval.image_metrics import psnr
+from cm3.eval.protocol import BOOTSTRAP, NORMAL, WILSON, protocol, ranking
 from cm3.eval.report import Estimate, TaskResult, mean, ratio, share
 from cm3.eval.scenes import CaptionScore, SceneScore, caption_score, matches, read_scene
 from cm3.eval.task import fingerprint
@@ -38,6 +40,10 @@ class SceneSet:
         """The part of a protocol record that says which scenes were used."""
         return {**asdict(self), "captions": fingerprint(example.caption for example in self.open())}
 
+    def protocol(self, model: CM3, **parts: Any) -> dict[str, Any]:
+        """The whole record of a task on these scenes; `parts` are fields of `cm3.eval.protocol.Protocol`."""
+        return protocol(model, (example.caption for example in self.open()), references=self.record(), **parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SceneReconstruction:
@@ -56,7 +62,13 @@ class SceneReconstruction:
             "scenes read back exactly": share(exact),
             "PSNR (dB)": mean([psnr(before, after) for before, after in pairs]),
         }
-        return TaskResult("scene reconstruction", metrics, self.scenes.record(), time.monotonic() - start)
+        record = self.scenes.protocol(
+            model,
+            preprocessing="64x64 as drawn",
+            metrics={"exactly": "same background, shapes, colours and sizes", "PSNR": "RGB together, peak 255"},
+            interval=f"shares: {WILSON}; PSNR: {NORMAL}",
+        )
+        return TaskResult("scene reconstruction", metrics, record, time.monotonic() - start)
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -80,13 +92,18 @@ class SceneGeneration:
     """Draw from the k likeliest tokens; 0 = off."""
     top_p: float = 1.0
     """Nucleus size; 1 = off."""
+    best_of: int = 1
+    """Candidates a picture, of which the best by `rank` is graded."""
+    rank: RankerName | None = None
+    """How it is chosen, see `CM3.draw`."""
     batch_size: int = 50
-    """Pictures drawn at a time; the pictures do not depend on it."""
+    """Captions drawn at a time; the pictures do not depend on it."""
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
         examples = list(self.scenes.open())
         metrics: dict[str, Estimate] = {}
+        chosen: dict[str, Any] = {"best_of": self.best_of, "rank": self.rank}
         sampling: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         for scale in self.guidance_scales:
             scores: list[SceneScore] = []
@@ -94,7 +111,7 @@ class SceneGeneration:
             for first in range(0, len(examples), self.batch_size):
                 batch = examples[first : first + self.batch_size]
                 captions = [example.caption for example in batch]
-                images = model.generate(captions, seed=self.scenes.seed, guidance_scale=scale, **sampling)
+                images = model.generate(captions, seed=self.scenes.seed, guidance_scale=scale, **chosen, **sampling)
                 scores += [
                     matches(read_scene(drawn[0]), example.statement)
                     for drawn, example in zip(images, batch, strict=True)
@@ -105,8 +122,18 @@ class SceneGeneration:
                 for name, pick in _PICTURE_MEASURES.items()
             }
             metrics[f"seconds a picture in batches of {self.batch_size}, guidance {scale:g}"] = mean([seconds])
-        protocol = {**self.scenes.record(), **sampling, "samples per prompt": 1, "re-ranking": "none"}
-        return TaskResult("scene generation", metrics, protocol, time.monotonic() - start)
+        record = self.scenes.protocol(
+            model,
+            sampling=model.settings(**sampling),
+            guidance_scales=self.guidance_scales,
+            retrieve=0,
+            seed=self.scenes.seed,
+            samples_per_prompt=1,
+            re_ranking=ranking(self.best_of, self.rank),
+            metrics={"grader": "cm3.eval.scenes.matches on what read_scene sees"},
+            interval=WILSON,
+        )
+        return TaskResult("scene generation", metrics, record, time.monotonic() - start)
 
 
 _PICTURE_MEASURES: dict[str, Callable[[SceneScore], bool | None]] = {
@@ -139,8 +166,19 @@ class SceneCaptioning:
             "relations right": share([score.relations_right for score in scores]),
             "exact caption": share([score.exact for score in scores]),
         }
-        protocol = {**self.scenes.record(), "decoding": "greedy"}
-        return TaskResult("scene captioning", metrics, protocol, time.monotonic() - start)
+        record = self.scenes.protocol(
+            model,
+            preprocessing="64x64 as drawn",
+            sampling=model.settings(temperature=0.0),
+            retrieve=0,
+            seed=0,
+            samples_per_prompt=1,
+            re_ranking="none",
+            metrics={"grader": "cm3.eval.scenes.caption_score"},
+            interval=f"shares of captions: {WILSON}; shares of objects: {BOOTSTRAP}",
+            details={"decoding": "greedy"},
+        )
+        return TaskResult("scene captioning", metrics, record, time.monotonic() - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +207,18 @@ class SceneInfilling:
             "prompt's object in the box": share(inside),
             "outside unchanged": share(outside),
         }
-        protocol = {
-            **self.scenes.record(),
-            "guidance_scale": self.guidance_scale,
-            "prompt": "the new object only",
-        }
-        return TaskResult("scene infilling", metrics, protocol, time.monotonic() - start)
+        record = self.scenes.protocol(
+            model,
+            preprocessing="64x64 as drawn",
+            sampling=model.settings(guidance_scale=self.guidance_scale),
+            retrieve=0,
+            samples_per_prompt=1,
+            re_ranking="none",
+            metrics={"grader": "read_scene sees the object with its centre in the box; outside equal bit for bit"},
+            interval=WILSON,
+            details={"prompt": "the new object only", "seeds": "the number of the scene"},
+        )
+        return TaskResult("scene infilling", metrics, record, time.monotonic() - start)
 
 
 def _choose_replacement(objects: tuple[SceneObject, ...], rng: np.random.Generator) -> tuple[SceneObject, SceneObject]:

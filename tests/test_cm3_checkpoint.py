@@ -1,5 +1,6 @@
 """Atomic writes, JSON and strict safetensors."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -15,8 +16,11 @@ from cm3.checkpoint import (
     load_strict,
     load_tensors,
     read_json,
+    remove_folder,
+    remove_leftovers,
     save_model_weights,
     save_tensors,
+    tensor_shapes,
     write_json,
     write_text,
 )
@@ -207,3 +211,54 @@ def test_faults_of_a_weights_folder(tmp_path: Path, weights: dict[str, torch.Ten
     (tmp_path / first).unlink()
     with pytest.raises(ModelFilesError, match=f"{first}: no such file"):
         load_model_weights(tmp_path)
+
+
+def test_leftovers_of_killed_writes_are_told_from_other_files(tmp_path: Path):
+    kept = [".hidden", "model", ".0123abcd.tmp", ".0123abcg.tmp.model", "0123abcd.tmp.model"]
+    for name in [*kept, ".0123abcd.tmp.model", ".0123abcd.old.latest", ".tmpuS432z"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inside").touch()
+    (tmp_path / ".fedcba98.tmp.a.json").touch()
+    with atomic_path(tmp_path / "new") as temporary:  # the names are those that are really used
+        temporary.touch()
+        assert temporary.name in names_in(tmp_path)
+        remove_leftovers(tmp_path)
+        assert names_in(tmp_path) == sorted(kept)
+        temporary.touch()
+    remove_leftovers(tmp_path / "nothing")
+
+
+def test_a_folder_is_removed_whole(tmp_path: Path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a").touch()
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: None)  # as if killed there
+    remove_folder(tmp_path / "model")
+    assert not (tmp_path / "model").exists() and len(names_in(tmp_path)) == 1
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == []
+
+
+def test_shapes_come_from_the_header_which_tells_a_cut_file(tmp_path: Path):
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"a": torch.zeros(3, 4), "b": torch.zeros(())})
+    assert tensor_shapes(path) == {"a": (3, 4), "b": ()}
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelFilesError, match="is damaged"):
+        tensor_shapes(path)
+    with pytest.raises(ModelFilesError, match="nothing.safetensors"):
+        tensor_shapes(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limits")
+def test_a_full_disk_is_told_as_the_system_tells_it(tmp_path: Path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG and names_in(tmp_path) == []

@@ -160,6 +160,18 @@ def test_retrieved_documents_stand_before_the_prompt(model, plain, memory):
     assert pixels(model.generate(PROMPTS[0], seed=5, retrieve=2)[0]) == pixels(lists[0][0].image)
 
 
+def test_guidance_compares_with_or_without_the_documents(model):
+    settings = {"seed": 5, "retrieve": 2, "guidance_scale": 3.0}
+    kept, dropped = (
+        drawn(model.draw(PROMPTS[:1], unconditional_context=name, **settings)) for name in ("keep", "drop")
+    )
+    assert kept == drawn(model.draw(PROMPTS[:1], **settings)) != dropped
+    settings["guidance_scale"] = 1.0  # nothing is compared
+    assert drawn(model.draw(PROMPTS[:1], **settings)) == drawn(
+        model.draw(PROMPTS[:1], unconditional_context="drop", **settings)
+    )
+
+
 def test_what_was_retrieved_is_on_record(model):
     ((drawing,),) = model.draw(PROMPTS[:1], retrieve=1)
     record = json.loads(json.dumps(drawing.record()))
@@ -204,11 +216,12 @@ def test_captions_take_documents_for_their_pictures(model, retrieval_folder):
     ("options", "message"),
     [
         ({"best_of": 0}, "best_of=0"),
-        ({"best_of": 2}, "best_of=2 needs a ranker.*likelihood, clip, both"),
+        ({"best_of": 2}, "best_of=2 needs a ranker.*likelihood, caption, clip, both"),
         ({"rank": "clip"}, "rank='clip' has one candidate"),
         ({"best_of": 2, "rank": "taste"}, "rank='taste' is unknown"),
         ({"best_of": 2, "rank": "clip", "ranker": "./nowhere"}, "encoder './nowhere' is no folder"),
         ({"retrieve": -1}, "retrieve=-1"),
+        ({"unconditional_context": "none"}, "unconditional_context='none' is unknown; choose keep or drop"),
         ({"retrieve": 20}, "128 positions.*retrieve fewer documents"),
         ({"negative": "a star", "guidance_scale": 1.0}, "negative='a star' has no effect at guidance_scale=1"),
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),

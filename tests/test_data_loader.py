@@ -10,7 +10,10 @@ import torch
 from cm3.data.loader import PackedLoader
 from cm3.data.shards import ShardedDocuments, shard_path, write_index, write_shard
 from cm3.errors import ConfigError, DataError
+from cm3.model.config import ModelConfig
+from cm3.model.loss import next_token_loss
 from cm3.model.objective import ObjectiveConfig, unmask
+from cm3.model.transformer import Transformer
 from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument
 from cm3.tokenizers.vocabulary import Vocabulary
 
@@ -180,6 +183,42 @@ def test_weights_of_sentinels_and_of_retrieved_context(tmp_path):
         assert (weights_BT[is_caption] == 1).all()
         assert (weights_BT[ids_BT == VOCABULARY.eoss_id] == 1).all()
         assert (weights_BT[is_context] == 0.25).float().mean() > 0.8  # captions hold a few of these ids too
+
+
+def test_packed_documents_have_the_loss_and_gradients_of_the_same_documents_alone(documents):
+    config = ModelConfig(
+        vocabulary_size=VOCABULARY.size,
+        width=32,
+        num_layers=2,
+        num_heads=2,
+        max_positions=LENGTH,
+        init_std=0.3,
+        zero_init_outputs=False,
+    )
+    model = Transformer(config)
+    image_range = (VOCABULARY.image_range.start, VOCABULARY.image_range.stop)
+    batch = next(iter(loader(documents, ObjectiveConfig(sentinel_loss_weight=0.5), rows=4)))
+    parameters = list(model.parameters())
+    packed = next_token_loss(
+        model, batch["ids_BT"], batch["document_ids_BT"], image_range=image_range, weights_BT=batch["weights_BT"]
+    )
+    packed_gradients = torch.autograd.grad(packed.loss, parameters)
+
+    alone = []
+    for b, document_ids_T in enumerate(batch["document_ids_BT"]):
+        for number in range(int(document_ids_T.max()) + 1):
+            place = document_ids_T == number
+            ids_1T, weights_1T = batch["ids_BT"][b, place][None], batch["weights_BT"][b, place][None]
+            alone.append(next_token_loss(model, ids_1T, image_range=image_range, weights_BT=weights_1T))
+    assert len(alone) > 4
+    weight_sum = torch.stack([each.weight_sum for each in alone]).sum()
+    loss = torch.stack([each.loss * each.weight_sum for each in alone]).sum() / weight_sum
+    torch.testing.assert_close(packed.weight_sum, weight_sum)
+    torch.testing.assert_close(packed.loss, loss)
+    for name in ("text_loss_sum", "text_count", "image_loss_sum", "image_count"):
+        torch.testing.assert_close(getattr(packed, name), torch.stack([getattr(each, name) for each in alone]).sum())
+    for packed_gradient, gradient in zip(packed_gradients, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(packed_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_documents_longer_than_a_row_are_left_out_and_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,8 @@ class Parrot:
     """Stands for a model: draws, decodes and captions what it was told, whatever is asked."""
 
     image_size = 64
+    hash = "parrot"
+    tokenizer = SimpleNamespace(hash="parrot")
 
     def __init__(self, drawn, captions):
         self._captions = captions
@@ -121,6 +124,9 @@ class Parrot:
 
     def generate(self, prompts, **_):
         return [[picture] for picture in self._drawn[: len(prompts)]]
+
+    def settings(self, **sampling):
+        return sampling
 
     def reconstruct(self, images):
         return self._drawn

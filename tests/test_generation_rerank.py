@@ -6,7 +6,7 @@ import torch
 
 from cm3.errors import RequestError
 from cm3.generation.prompts import Prompts
-from cm3.generation.rerank import choose, own_likelihood
+from cm3.generation.rerank import caption_likelihood, choose, own_likelihood
 from cm3.model.config import ModelConfig
 from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
@@ -29,6 +29,22 @@ def test_own_likelihood_is_the_mean_log_probability_of_the_new_ids():
             with torch.no_grad():
                 log_p = model.logits(model(row))[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
             assert score == pytest.approx(log_p[-len(ids) :].mean().item(), abs=1e-5)
+
+
+def test_caption_likelihood_is_that_of_the_masked_text_behind_its_image():
+    torch.manual_seed(0)
+    shape = {"width": 16, "num_layers": 1, "num_heads": 2, "max_positions": 16, "zero_init_outputs": False}
+    model = Transformer(ModelConfig(vocabulary_size=VOCABULARY.size, init_std=0.4, **shape))
+    images = [np.array([[0, 1], [2, 3]]), np.array([[7, 7], [7, 7]])]
+    texts = [[5, 6, 7], [9]]
+    found = caption_likelihood(model, PROMPTS, texts, images)
+    eos, mask = VOCABULARY.eos_id, VOCABULARY.sentinel_id(0)
+    for text, codes_HW, score in zip(texts, images, found):
+        picture = VOCABULARY.codes_to_ids(codes_HW.ravel()).tolist()
+        row = torch.tensor([[eos, mask, VOCABULARY.break_id, *picture, eos, mask, *text, VOCABULARY.eoss_id]])
+        with torch.no_grad():
+            log_p = model.logits(model(row))[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
+        assert score == pytest.approx(log_p[-len(text) - 1 :].mean().item(), abs=1e-5)
 
 
 def test_the_best_by_one_ranker_is_its_highest_score():

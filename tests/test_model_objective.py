@@ -45,6 +45,7 @@ configs = st.builds(
     span_rate=st.floats(0, 6),
     min_spans=st.integers(0, 3),
     rotation_probability=st.sampled_from([0.0, 0.5, 1.0]),
+    box_probability=st.sampled_from([0.0, 0.5]),
 )
 
 
@@ -217,3 +218,65 @@ def test_unmask_refuses_what_no_masking_makes(ids):
 def test_wrong_settings(wrong, message):
     with pytest.raises(ConfigError, match=message):
         ObjectiveConfig(**wrong)
+
+
+def square(side: int, caption: int = 3) -> np.ndarray:
+    """The ids of a caption and an image whose codes are all different."""
+    return np.array(
+        [
+            EOS,
+            *[TEXT] * caption,
+            BREAK,
+            *range(VOCABULARY.image_range.start, VOCABULARY.image_range.start + side**2),
+            EOS,
+        ]
+    )
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**32))
+def test_a_box_is_a_rectangle_of_codes(side, rows, seed):
+    ids_T = square(side)
+    spans = draw_spans(ids_T, VOCABULARY, ObjectiveConfig(), np.random.default_rng(seed), num_spans=-rows)
+    if rows > side:
+        assert not len(spans)
+        return
+    top, left = np.divmod(spans[:, 0] - 5, side)
+    bottom, last = np.divmod(spans[:, 1] - 1 - 5, side)
+    np.testing.assert_array_equal(top, bottom)
+    np.testing.assert_array_equal(top, top[0] + np.arange(rows))
+    assert set(left) == {left[0]} and set(last) == {last[0]}
+
+
+def test_boxes_of_every_place_and_size_occur_at_the_wanted_rate():
+    config = ObjectiveConfig(box_probability=0.25, max_box_rows=3, span_count="one")
+    counts = config.draw_num_spans(VOCABULARY, np.random.default_rng(0), 20_000)
+    assert np.mean(counts < 0) == pytest.approx(0.25, abs=0.01)
+    assert set(counts.tolist()) == {-3, -2, -1, 1}
+    rng = np.random.default_rng(1)
+    boxes = {tuple(draw_spans(square(3), VOCABULARY, config, rng, num_spans=-2).ravel()) for _ in range(500)}
+    assert len(boxes) == 2 * (3 + 2 + 1)  # two tops; one, two or three columns wide
+
+
+def test_without_an_image_there_is_no_box():
+    ids_T = np.array([EOS, TEXT, TEXT, TEXT, TEXT, BREAK, TEXT, EOS])
+    assert not len(draw_spans(ids_T, VOCABULARY, ObjectiveConfig(), np.random.default_rng(0), num_spans=-1))
+
+
+def test_a_box_that_does_not_fit_is_left_out_whole():
+    rng = np.random.default_rng(0)
+    ids_T = square(4)
+    assert (
+        len(mask_spans(ids_T, VOCABULARY, ObjectiveConfig(), rng, num_spans=-3, max_length=len(ids_T) + 9))
+        == len(ids_T) + 9
+    )
+    assert len(mask_spans(ids_T, VOCABULARY, ObjectiveConfig(), rng, num_spans=-3, max_length=len(ids_T) + 8)) == len(
+        ids_T
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, message", [({"box_probability": 1.5}, "box_probability=1.5"), ({"max_box_rows": 0}, "max_box_rows=0")]
+)
+def test_box_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ObjectiveConfig(**settings)

@@ -190,8 +190,8 @@ def test_bad_files_are_named(tmp_path, tokenizer):
         ImageTokenizer.load(tmp_path)
 
 
-def test_bf16_compute_mostly_agrees(tokenizer):
+def test_codes_do_not_depend_on_the_precision_around(tokenizer):
     pixels_BHWC = noise(4, 16, 16, 3)
-    exact_BP = tokenizer.encode(pixels_BHWC)
-    fast = ImageTokenizer(tokenizer.model, compute_dtype=torch.bfloat16)
-    assert (fast.encode(pixels_BHWC) == exact_BP).mean() > 0.8
+    with torch.autocast("cpu", torch.bfloat16):
+        under_BP = tokenizer.encode(pixels_BHWC)
+    assert np.array_equal(under_BP, tokenizer.encode(pixels_BHWC))

@@ -2,22 +2,27 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 
 import pytest
 import torch
-from tiny_run import TOKENIZER_HASH, VOCABULARY, losses, prepare, tiny_run
+from process_group import process_group
+from tiny_run import TOKENIZER_HASH, VOCABULARY, losses, mark_as_retrieved, prepare, tiny_run
 
 from cm3.checkpoint import load_tensors
 from cm3.data.shards import ShardedDocuments
 from cm3.errors import ConfigError, ModelFilesError
 from cm3.model.config import ModelConfig
+from cm3.model.objective import ObjectiveConfig
 from cm3.model.pretrained import TOKENIZER_FILES, load_model
 from cm3.model.transformer import Transformer
 from cm3.training import engine, train
+from cm3.training.nonfinite import DivergedError
 from cm3.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
-from cm3.training.state import latest_checkpoint
+from cm3.training.state import newest_checkpoint
 
 pytest.importorskip("deepspeed")
 
@@ -25,13 +30,10 @@ pytest.importorskip("deepspeed")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with prepared data and a finished run; the process group and its environment end with the module."""
-    environment = dict(os.environ)
     root = tmp_path_factory.mktemp("training")
-    train.run(tiny_run(prepare(root / "data"), root / "whole"))
-    yield root
-    torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
+    with process_group():
+        train.run(tiny_run(prepare(root / "data"), root / "whole"))
+        yield root
 
 
 def run_from(folder, name, **changes):
@@ -62,7 +64,7 @@ def test_a_stopped_run_resumes_exactly(folder, monkeypatch):
     assert run_from(folder, "stopped", checkpoint_interval=0) is None
     stopped_at = max(losses(folder / "stopped"))
     assert stopped_at in (5, 6)
-    assert latest_checkpoint(folder / "stopped" / "checkpoints").name == f"step_{stopped_at:08d}"
+    assert newest_checkpoint(folder / "stopped" / "checkpoints").name == f"step_{stopped_at:08d}"
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (folder / "stopped" / "model").exists()
 
@@ -79,7 +81,7 @@ def test_old_checkpoints_are_removed_and_unfinished_ones_ignored(folder):
     checkpoints = folder / "whole" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000008", "step_00000012"]
     (checkpoints / "step_00000099").mkdir()
-    assert latest_checkpoint(checkpoints).name == "step_00000012"
+    assert newest_checkpoint(checkpoints).name == "step_00000012"
     (checkpoints / "step_00000099").rmdir()
 
 
@@ -126,7 +128,96 @@ def test_long_documents_are_named_and_a_run_that_was_set_back_goes_on(folder, ca
     for later in ("step_00000008", "step_00000010"):
         (checkpoints / later).mkdir()
     run_from(folder, "back", **changes)
-    assert latest_checkpoint(checkpoints).name == "step_00000006"
+    assert newest_checkpoint(checkpoints).name == "step_00000006"
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(folder, capsys):
+    shutil.copytree(folder / "whole", folder / "damaged")
+    (folder / "damaged" / "checkpoints" / "step_00000012" / "exp_avg.safetensors").write_bytes(b"half")
+    run_from(folder, "damaged")
+    out = capsys.readouterr().out
+    assert "warning: step_00000012 cannot be used: exp_avg.safetensors is not what was written" in out
+    assert f"resumed from {folder / 'damaged' / 'checkpoints' / 'step_00000008'}\n" in out
+    for key in ("loss", "samples"):
+        assert losses(folder / "damaged", key=key) == losses(folder / "whole", key=key)
+    assert losses(folder / "damaged", "validation") == losses(folder / "whole", "validation")
+
+
+def test_an_early_checkpoint_is_resumed_and_called_unverified(folder, capsys):
+    shutil.copytree(folder / "whole", folder / "early")
+    newest = folder / "early" / "checkpoints" / "step_00000012"
+    (newest / "SHA256SUMS").unlink()
+    run_from(folder, "early")
+    assert f"resumed from {newest} (unverified: it has no checksums)" in capsys.readouterr().out
+
+
+def test_early_warnings_are_logged(folder):
+    lines = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if line["split"] == "train"):
+        assert line["z_loss"] > 0 and line["output_norm"] > 0 and line["loss_spike"] == 0 and line["skipped"] == 0
+    first = next(line for line in lines if line["split"] == "train")
+    assert first["z_loss"] == pytest.approx(math.log(VOCABULARY.size) ** 2, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def skipping(folder):
+    """A run on data with one document of infinite weight, number 7."""
+    config = tiny_run(
+        mark_as_retrieved(folder / "data", folder / "bad data", 7),
+        folder / "skipping",
+        objective=ObjectiveConfig(retrieved_loss_weight=math.inf),
+    )
+    train.run(config)
+    return folder / "skipping"
+
+
+def test_a_bad_document_is_skipped_and_named(skipping):
+    lines = [json.loads(line) for line in (skipping / "skipped.jsonl").read_text().splitlines()]
+    assert 1 <= len(lines) < 6
+    skipped = losses(skipping, key="skipped")
+    assert [line["step"] for line in lines] == [s for s in skipped if skipped[s] > skipped.get(s - 1, 0)]
+    for line in lines:
+        bad, good = [], []
+        for micro_batch in line["micro_batches"]:
+            (good if isinstance(micro_batch["loss"], float) else bad).append(micro_batch)
+        assert len(bad) == 1 and bad[0]["loss"] in ("nan", "inf") and len(good) == 1
+        assert {"number": 7, "row": "7"} in bad[0]["documents"]
+        assert all(document["number"] != 7 for document in good[0]["documents"])
+        assert losses(skipping)[line["step"]] is None
+        assert losses(skipping, key="gradient_norm")[line["step"]] is None
+    rates = losses(skipping, key="learning_rate")
+    assert rates == {
+        step: learning_rate_at(step, 12, OptimizerConfig(learning_rate=1e-2, warmup_steps=3)) for step in rates
+    }
+    updates = [value for step, value in losses(skipping).items() if value is not None]
+    assert updates[-1] < updates[0] - 0.5
+
+
+def test_skipped_steps_survive_an_interruption(folder, skipping):
+    resumed = folder / "skipping resumed"
+    shutil.copytree(skipping, resumed)
+    (resumed / "checkpoints" / "latest").write_text("step_00000008")
+    config = tiny_run(folder / "bad data", resumed, objective=ObjectiveConfig(retrieved_loss_weight=math.inf))
+    train.run(config)
+    for key in ("loss", "skipped", "samples"):
+        assert losses(resumed, key=key) == losses(skipping, key=key)
+    assert (resumed / "skipped.jsonl").read_text() == (skipping / "skipped.jsonl").read_text()
+    ours, whole = (load_tensors(each / "model" / "model.safetensors") for each in (resumed, skipping))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(folder):
+    objective = ObjectiveConfig(sentinel_loss_weight=math.inf, min_spans=1)
+    with pytest.raises(DivergedError, match=r"the last 3 steps, up to step 3, .*skipped\.jsonl names their documents"):
+        run_from(folder, "diverged", objective=objective, max_nonfinite_steps=3, checkpoint_interval=1)
+    assert [path.name for path in sorted((folder / "diverged" / "checkpoints").glob("step*"))] == [
+        "step_00000001",
+        "step_00000002",
+    ]
+    initial = load_tensors(folder / "diverged" / "checkpoints" / "step_00000001" / "weights.safetensors")
+    later = load_tensors(folder / "diverged" / "checkpoints" / "step_00000002" / "weights.safetensors")
+    assert all(torch.equal(initial[name], later[name]) for name in initial)
+    assert len((folder / "diverged" / "skipped.jsonl").read_text().splitlines()) == 3
 
 
 def test_accumulation_equals_one_large_batch(folder):
@@ -151,6 +242,10 @@ def test_wrong_vocabulary_and_uneven_batches_are_named(folder):
     ("changes", "message"),
     [
         ({"zero_stage": 0}, "DeepSpeed trains bf16 wrongly at stage 0"),
+        ({"zero_stage": 4}, "zero_stage=4; choose 0, 1, 2 or 3"),
+        ({"zero_stage": 0, "precision": "fp32", "offload_optimizer": True}, "choose zero_stage 1, 2 or 3"),
+        ({"keep_every_steps": -1}, "keep_every_steps=-1; choose 0"),
+        ({"max_nonfinite_steps": 0}, "max_nonfinite_steps=0; choose 1 or more"),
         ({"ema_decay": 0.9, "zero_stage": 3}, "ema_decay needs whole weights"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"steps": 0}, "steps=0; choose 1 or more"),

@@ -1,11 +1,12 @@
 """A prepared folder of a few documents and the settings of a training run of seconds, for the tests of training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from cm3.data.shards import shard_path, write_index, write_shard
+from cm3.data.shards import ShardedDocuments, shard_path, write_index, write_shard
 from cm3.generation.settings import SamplingSettings
 from cm3.model.config import ModelConfig
 from cm3.model.pretrained import TOKENIZER_FILES
@@ -32,6 +33,18 @@ def prepare(folder: Path, num_documents: int = 48) -> Path:
     for name in TOKENIZER_FILES:
         (folder / name).write_bytes(name.encode())
     VOCABULARY.save(folder / "vocabulary.json")
+    return folder
+
+
+def mark_as_retrieved(prepared: Path, folder: Path, number: int) -> Path:
+    """Copy a prepared folder; the caption of one document is now retrieved context, whose loss has its own weight."""
+    shutil.copytree(prepared, folder)
+    documents = ShardedDocuments(prepared)
+    marked = [
+        TokenizedDocument(documents[n].segments, {"row": str(n), "retrieved": int(n == number)})
+        for n in range(len(documents))
+    ]
+    write_shard(shard_path(folder, 0), marked, {})
     return folder
 
 

@@ -4,7 +4,8 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -125,11 +126,13 @@ def model_to_pixels(image_BCHW: Tensor) -> Tensor:
 class ImageTokenizer:
     """A trained VQ-GAN behind a uint8 interface.
 
+    It computes in full fp32 whatever surrounds it: codes near a tie fall otherwise in 16 bit (or TF32), and a model
+    that was trained on the codes of one precision does not understand those of another.
+
     Args:
         model: the network; its weights are rounded in place if `precision` is bf16.
         precision: what the weights are stored in (the codebook stays fp32).
         batch_size: pictures in one forward pass, which bounds the memory.
-        compute_dtype: fp32, or bf16 to encode large data sets faster (some codes then differ).
     """
 
     def __init__(
@@ -137,12 +140,10 @@ class ImageTokenizer:
         model: VQGAN,
         precision: WeightPrecision = "fp32",
         batch_size: int = 64,
-        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.precision = precision
         self.batch_size = batch_size
-        self.compute_dtype = compute_dtype
         if precision == "bf16":
             for name, tensor in model.state_dict().items():
                 if name != _CODEBOOK:
@@ -192,7 +193,7 @@ class ImageTokenizer:
         parts = [np.empty((0, self.codes_per_image), np.uint16)]
         for start in range(0, len(images), self.batch_size):
             pixels_BHWC = self._pixels(images[start : start + self.batch_size])
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), _full_precision(self.device):
                 codes_BP = self.model.encode(pixels_to_model(torch.from_numpy(pixels_BHWC).to(self.device)))
             parts.append(codes_BP.cpu().numpy().astype(np.uint16))
         return np.concatenate(parts)
@@ -212,7 +213,7 @@ class ImageTokenizer:
         images: list[Image.Image] = []
         for start in range(0, len(codes_BP), self.batch_size):
             part_BP = torch.from_numpy(codes_BP[start : start + self.batch_size].astype(np.int64)).to(self.device)
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), _full_precision(self.device):
                 image_BCHW = self.model.decode(part_BP, self.grid)
             images += [Image.fromarray(pixels_HWC) for pixels_HWC in model_to_pixels(image_BCHW).cpu().numpy()]
         return images
@@ -226,10 +227,6 @@ class ImageTokenizer:
                 )
             return np.ascontiguousarray(images)
         return np.stack([np.asarray(to_square(load_image(image), size)) for image in images])
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.device.type, self.compute_dtype if enabled else torch.bfloat16, enabled=enabled)
 
     @cached_property
     def hash(self) -> str:
@@ -272,6 +269,13 @@ class ImageTokenizer:
         source = Path(folder) / IMAGE_TOKENIZER_WEIGHTS
         load_strict(model, load_tensors(source), str(source))
         return cls(model, settings.get("precision", "fp32"))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32, which cuDNN's convolutions use by default."""
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def _config_from_json(values: Any, path: Path) -> VQGANConfig:

@@ -9,13 +9,29 @@ from cm3.model.config import ModelConfig
 from cm3.model.objective import ObjectiveConfig
 from cm3.training.optimizer import OptimizerConfig
 
+_AT_LEAST_ONE = (
+    "steps",
+    "batch_rows",
+    "micro_batch_rows",
+    "evaluation_rows",
+    "keep_checkpoints",
+    "log_interval",
+    "max_nonfinite_steps",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Prepared data of a model run and how documents become rows."""
 
-    train: str
-    """Folder that `cm3 prepare` wrote; the run takes its tokenizers and vocabulary from here."""
+    train: str | dict[str, str]
+    """Folder that `cm3 prepare` wrote, or several by name: a mixture. The tokenizers are taken from the first."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of a mixture: share of an epoch's documents for each name, in any unit; empty is equal shares."""
+    min_repetition: float = 0.3
+    """Of a mixture: fewest times a document comes in an epoch, on average (the paper's down-sampling limit)."""
+    max_repetition: float = 3.0
+    """Of a mixture: most times."""
     validation: str | None = None
     """Prepared folder of held-out documents; null is no evaluation."""
     sequence_length: int = 4096
@@ -23,6 +39,11 @@ class DataConfig:
     packing: Literal["documents", "stream"] = "documents"
     """`documents`: whole documents are packed into a row and never see each other; `stream`: documents are
     joined and cut at the row's length, as in the paper (section 2.3)."""
+
+    @property
+    def train_folder(self) -> str:
+        """Where the tokenizers of the run lie."""
+        return self.train if isinstance(self.train, str) else next(iter(self.train.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +72,9 @@ class ModelRun:
     """Number format of weights and activations; the optimiser always holds fp32."""
     export_precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the final model folder."""
-    zero_stage: Literal[1, 2, 3] = 1
-    """ZeRO: what processes share out: 1 the optimiser, 2 and the gradients, 3 and the weights."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO: what processes share out: 0 nothing (fp32 only), 1 the optimiser, 2 and the gradients, 3 and the
+    weights."""
     offload_optimizer: bool = False
     """Keep the optimiser's state in the memory of the CPU."""
     activation_checkpointing: bool = False
@@ -67,6 +89,11 @@ class ModelRun:
     """Steps between checkpoints; one more follows the last step, and one a SIGTERM. 0 leaves only those."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0 keeps none of them."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row whose loss or gradient may be not finite before the run stops with an error. Such a step does not
+    change the weights, and `skipped.jsonl` in the run folder names its documents."""
     log_interval: int = 10
     """Steps between console lines."""
     generation: SamplingSettings = field(default_factory=SamplingSettings)
@@ -77,13 +104,19 @@ class ModelRun:
     """Run folder; a run that finds checkpoints in it goes on from the newest."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_rows", "micro_batch_rows", "evaluation_rows", "keep_checkpoints", "log_interval"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 1 or more")
-        if self.zero_stage not in (1, 2, 3):
+        if self.keep_every_steps < 0:
+            raise ConfigError(f"keep_every_steps={self.keep_every_steps}; choose 0 (off) or more")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"zero_stage={self.zero_stage}; choose 0, 1, 2 or 3")
+        if self.zero_stage == 0 and self.precision == "bf16":
             raise ConfigError(
-                f"zero_stage={self.zero_stage}; choose 1, 2 or 3 (DeepSpeed trains bf16 wrongly at stage 0)"
+                "zero_stage=0 with precision=bf16: DeepSpeed trains bf16 wrongly at stage 0; choose stage 1, or fp32"
             )
+        if self.zero_stage == 0 and self.offload_optimizer:
+            raise ConfigError("offload_optimizer needs a share of the optimiser to move; choose zero_stage 1, 2 or 3")
         if self.ema_decay and self.zero_stage == 3:
             raise ConfigError(
                 "ema_decay needs whole weights on every process; choose zero_stage 1 or 2, or ema_decay 0"

@@ -2,19 +2,22 @@
 
 import io
 import logging
+import math
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from cm3.distributed import local_rank, world_size
-from cm3.errors import MissingDependencyError
+from cm3.distributed import is_main, local_rank, rank, world_size
+from cm3.errors import CM3Error, MissingDependencyError, ModelFilesError
+
+Value = TypeVar("Value")
 
 STATE_KINDS = ("weights", "exp_avg", "exp_avg_sq")
 """What a parameter has in the optimiser: its fp32 value and Adam's two moments."""
@@ -36,7 +39,7 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": micro_batch_rows,
         "gradient_accumulation_steps": accumulation_steps,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},  # else gradients that are not finite are applied
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": gradient_clip,
         "zero_optimization": zero,
@@ -58,11 +61,16 @@ class Engine:
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         deepspeed = start_distributed()
         self.device = _device()
+        self._is_plain = config["zero_optimization"]["stage"] == 0
+        if self._is_plain:  # DeepSpeed neither tells the norm there nor looks whether it is finite
+            self._clip, self._norm = config["gradient_clipping"], 0.0
+            config = config | {"gradient_clipping": 0.0}
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use at every stage
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
         self.module = module
+        self._create_moments()
         self.set_step(0)  # some of DeepSpeed's optimisers make a dummy update first, which Adam would count
 
     def __call__(self, *tensors: Tensor) -> Any:
@@ -75,17 +83,40 @@ class Engine:
             group["lr"] = value
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro batch; the last one of a step also updates the weights.
+        """Add the gradient of one micro batch; the last one of a step also updates the weights, see `applied`.
 
         Gradients are summed over micro batches and over processes: `loss` is this micro batch's share of the
         whole batch's loss.
         """
-        self._engine.backward(loss * world_size(), scale_wrt_gas=False)  # DeepSpeed averages over processes
+        # Zero times a loss that is not finite is NaN, and so its gradient becomes: every process sees it in the norm.
+        scale = world_size() * (1 + 0 * loss.detach())  # DeepSpeed averages over processes
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        if self._is_plain and self._engine.is_gradient_accumulation_boundary():
+            self._clip_or_drop()
         self._engine.step()
 
+    def applied(self) -> bool:
+        """Return whether the last step updated the weights; it does not where loss or gradient is not finite.
+
+        All processes decide by the same norm, of the gradient of the whole batch. Weights and moments then stay as
+        they are, to the bit.
+        """
+        return math.isfinite(self._norm) if self._is_plain else self._engine.was_step_applied()
+
     def gradient_norm(self) -> float:
-        """Return the global L2 norm of the last update's gradient, before clipping."""
-        return float(self._engine.get_global_grad_norm())
+        """Return the global L2 norm of the last step's gradient, before clipping; infinity where it is not finite."""
+        return self._norm if self._is_plain else float(self._engine.get_global_grad_norm())
+
+    def _clip_or_drop(self) -> None:
+        """Clip the gradient of a whole step, or drop it where it is not finite: AdamW passes over what has none."""
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self._norm = float(norm) if norm.isfinite() else math.inf
+        if not math.isfinite(self._norm):
+            for parameter in parameters:
+                parameter.grad = None
+        elif self._clip:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
 
     def sum_over_processes(self, values: Sequence[float]) -> list[float]:
         """Return the element-wise sum over all processes. A collective."""
@@ -102,7 +133,9 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self.module.named_parameters():
-            if kind == "weights":
+            if self._is_plain:
+                value = self._plain_state(parameter, kind).detach()
+            elif kind == "weights":
                 value = safe_get_full_fp32_param(parameter)
             else:
                 value = safe_get_full_optimizer_state(parameter, kind)
@@ -111,31 +144,48 @@ class Engine:
     def load_state(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
         """Set what `state` returned; for weights the working copy in the module too. A collective."""
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
-        self._create_moments()
         for name, parameter in self.module.named_parameters():
             value = tensors[name].to(self.device)
+            if self._is_plain:
+                self._plain_state(parameter, kind).data.copy_(value)
+                continue
+            share = getattr(parameter, "ds_tensor", None)
+            if share is not None:  # stage 3; DeepSpeed's functions for whole tensors refuse what does not divide evenly
+                size = share.numel()
+                value = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+                value = value.narrow(0, size * rank(), size)
             if kind == "weights":
-                safe_set_full_fp32_param(parameter, value)
+                (safe_set_full_fp32_param if share is None else safe_set_local_fp32_param)(parameter, value)
                 with GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
-                    parameter.copy_(value)
+                    parameter.copy_(tensors[name])
             else:
-                safe_set_full_optimizer_state(parameter, value, kind)
+                set_state = safe_set_full_optimizer_state if share is None else safe_set_local_optimizer_state
+                set_state(parameter, value, kind)
 
     def set_step(self, step: int) -> None:
         """Tell Adam how many updates its moments have seen; its bias correction depends on it."""
         for state in self._adam().state.values():
             state["step"].fill_(step)
 
+    def _plain_state(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Return what DeepSpeed's functions do not know at stage 0, where nothing is shared out."""
+        return parameter if kind == "weights" else self._adam().state[parameter][kind]
+
     def _adam(self) -> torch.optim.Optimizer:
-        """Return torch's optimiser inside DeepSpeed's."""
-        return self._optimizer.optimizer
+        """Return torch's optimiser inside DeepSpeed's, which there is none of at stage 0."""
+        return self._optimizer if self._is_plain else self._optimizer.optimizer
 
     def _create_moments(self) -> None:
-        """Create Adam's moments, which otherwise appear at the first update, so that they can be loaded."""
+        """Create Adam's moments, which otherwise appear at the first update, so that they can be saved and loaded."""
         adam, partitions = self._adam(), getattr(self._optimizer, "fp32_partitioned_groups_flat", None)
-        if partitions is None:  # stages 1 and 2: the groups hold this process's fp32 share
+        if partitions is None:  # up to stage 2: the groups hold this process's fp32 share
             partitions = [parameter for group in adam.param_groups for parameter in group["params"]]
         for partition in partitions:
             if not adam.state[partition]:
@@ -179,6 +229,25 @@ def start_distributed() -> Any:
     if on_gpu:
         torch.cuda.set_device(local_rank())
     return deepspeed
+
+
+def from_main(work: Callable[[], Value]) -> Value:
+    """Return in every process what `work` returns in the main one; its error is raised in all. A collective.
+
+    Raises:
+        ModelFilesError: the message of the error that `work` raised, of a kind that is meant for the user.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except (CM3Error, OSError) as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ModelFilesError(outcome[1])
+    return outcome[0]
 
 
 def _free_port() -> str:

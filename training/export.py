@@ -1,4 +1,4 @@
-"""The end of a run: its weights as a model folder, with a model card that says how they came about."""
+"""The weights of a run as a model folder, at its end or from a checkpoint; its card says how they came about."""
 
 import dataclasses
 import platform
@@ -7,14 +7,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm3.config import dump_config
+from cm3.checkpoint import load_tensors
+from cm3.config import dump_config, load_config
 from cm3.distributed import barrier, is_main, world_size
+from cm3.errors import ModelFilesError
 from cm3.model.config import parameter_count
 from cm3.model.pretrained import save_model
+from cm3.tokenizers.document import DocumentTokenizer
+from cm3.training.average import WeightAverage
 from cm3.training.config import ModelRun
 from cm3.training.engine import Engine
 from cm3.training.metrics import duration
-from cm3.training.state import RunState, WeightAverage
+from cm3.training.state import (
+    AVERAGE_FILE,
+    CONFIG_FILE,
+    STATE_FILE,
+    RunState,
+    checkpoint_damage,
+    newest_checkpoint,
+    read_state,
+)
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -34,9 +46,9 @@ def export_model(
             folder,
             strip_prefix(tensors),
             config.model,
-            tokenizer_folder=config.data.train,
+            tokenizer_folder=config.data.train_folder,
             tokenizer_hash=state.tokenizer_hash,
-            card=model_card(config, state, validation, engine.device),
+            card=model_card(config, state, validation, _hardware(engine.device)),
             generation=dataclasses.asdict(config.generation),
             dtype=EXPORT_DTYPES[config.export_precision],
         )
@@ -45,25 +57,82 @@ def export_model(
     return folder
 
 
+def export_checkpoint(source: str | Path, out: str | Path, tokenizers: str | Path | None = None) -> Path:
+    """Write the model folder of a checkpoint: of its average of the weights where there is one, else of its weights.
+
+    Args:
+        source: Folder of a checkpoint, or of a run, whose newest good checkpoint is then taken.
+        out: The model folder.
+        tokenizers: Folder with the tokenizer files; None takes the data of the run.
+
+    Returns:
+        The checkpoint that was taken.
+
+    Raises:
+        ModelFilesError: there is no checkpoint or it is damaged, or the tokenizers are not those of the run.
+    """
+    path = _find_checkpoint(Path(source))
+    if damage := checkpoint_damage(path):
+        raise ModelFilesError(f"{path} cannot be used: {', '.join(damage)}; export another checkpoint of the run")
+    config, state = load_config(ModelRun, path / CONFIG_FILE), read_state(path)
+    folder = Path(tokenizers or config.data.train_folder)
+    found = DocumentTokenizer.load(folder).hash
+    if found != state.tokenizer_hash:
+        raise ModelFilesError(
+            f"{path} was trained with the tokenizers {state.tokenizer_hash[:12]}, {folder} has {found[:12]}; name the "
+            "folder that has the run's tokenizers"
+        )
+    has_average = (path / AVERAGE_FILE).exists()
+    save_model(
+        Path(out),
+        strip_prefix(load_tensors(path / (AVERAGE_FILE if has_average else "weights.safetensors"))),
+        config.model,
+        tokenizer_folder=folder,
+        tokenizer_hash=state.tokenizer_hash,
+        card=model_card(config, state, {}, "not known: exported from a checkpoint"),
+        generation=dataclasses.asdict(config.generation),
+        dtype=EXPORT_DTYPES[config.export_precision],
+    )
+    return path
+
+
+def _find_checkpoint(source: Path) -> Path:
+    if (source / STATE_FILE).exists():
+        return source
+    for folder in (source / "checkpoints", source):
+        if folder.is_dir() and (found := newest_checkpoint(folder)):
+            return found
+    raise ModelFilesError(f"{source} is no checkpoint and no folder of a run with checkpoints; check the path")
+
+
 def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under the transformer's own names (in training it is the `model` of `LossModule`)."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def model_card(config: ModelRun, state: RunState, validation: dict[str, float], device: torch.device) -> str:
+def _hardware(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return f"{world_size()} x {name}, torch {torch.__version__}"
+
+
+def _data_names(train: str | dict[str, str]) -> str:
+    folders = [train] if isinstance(train, str) else list(train.values())
+    return ", ".join(f"`{Path(folder).name}`" for folder in folders)
+
+
+def model_card(config: ModelRun, state: RunState, validation: dict[str, float], hardware: str) -> str:
     """Return the README.md of a model folder."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     weights = f"average of decay {config.ema_decay}" if config.ema_decay else "of the last step"
     rows = {
         "Parameters": f"{parameter_count(config.model):,}",
-        "Training data": f"`{Path(config.data.train).name}`",
+        "Training data": _data_names(config.data.train),
         "Objective": f"{config.objective.name}, whole-segment rotation {config.objective.rotation_probability}",
         "Steps": f"{state.step:,} of {config.batch_rows} rows of {config.data.sequence_length} tokens",
         "Tokens seen": f"{state.tokens:,}",
         "Weights": weights,
         "Precision": f"trained in {config.precision}, saved in {config.export_precision}",
         "Seed": str(config.seed),
-        "Hardware": f"{world_size()} x {hardware}, torch {torch.__version__}",
+        "Hardware": hardware,
         "Training time": duration(state.seconds),
         "Tokenizer hash": f"`{state.tokenizer_hash[:16]}`",
     }

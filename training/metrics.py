@@ -1,4 +1,4 @@
-"""What a run reports: one console line per logging step, metrics.jsonl, TensorBoard, and the machine's peak."""
+"""What a run reports: one console line per logging step, metrics.jsonl, TensorBoard."""
 
 import json
 import math
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from cm3.checkpoint import write_text
 from cm3.training.engine import Engine
+from cm3.training.loss import SUMS
+from cm3.training.spikes import WINDOW, SpikeDetector
 
 
 class MetricsWriter:
@@ -19,11 +21,14 @@ class MetricsWriter:
     def __init__(self, folder: Path, total_steps: int, start_step: int = 0) -> None:
         """Open the files of a run that goes on after `start_step`; lines of later steps are dropped."""
         self.total_steps = total_steps
-        self._file = open_metrics(folder / "metrics.jsonl", start_step)
+        path = folder / "metrics.jsonl"
+        self._file = open_metrics(path, start_step, redo_validation=start_step == total_steps)
+        self._spikes = SpikeDetector(_last_losses(path))
         self._board = _tensorboard(folder / "tensorboard")
 
-    def training(self, step: int, values: dict[str, float]) -> None:
-        """Report a training step; `values` has the keys of `training_line`."""
+    def training(self, step: int, values: dict[str, Any]) -> None:
+        """Report a training step; `values` has the keys of `training_line`, but for `loss_spike`, which is added."""
+        values = values | {"loss_spike": self._spikes.excess(values["loss"])}
         print(training_line(step, self.total_steps, values), flush=True)
         self._write("train", step, values)
 
@@ -34,12 +39,14 @@ class MetricsWriter:
         print(f"{line} | {values['bits']:.3f} bits/token", flush=True)
         self._write("validation", step, values)
 
-    def _write(self, split: str, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
+    def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
+        told = {name: value if _is_json(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"split": split, "step": step, **told}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
+                if not isinstance(value, str):
+                    self._board.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -57,11 +64,11 @@ class Window:
         self._clear()
 
     def _clear(self) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self._engine.device)
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self._engine.device)
         self._tokens = self._seconds = 0.0
 
     def add(self, sums: Tensor) -> None:
-        """Add text loss sum, text count, image loss sum and image count of a micro batch; waits for no device."""
+        """Add the `SUMS` of a micro batch; waits for no device."""
         self._sums += sums
 
     def start_lap(self) -> None:
@@ -76,62 +83,80 @@ class Window:
         return seconds
 
     def losses(self) -> dict[str, float]:
-        """Return the mean losses, and forget the sums. A collective."""
-        text_sum, text_count, image_sum, image_count = self._engine.sum_over_processes(self._sums.tolist())
-        self._sums.zero_()
-        values = {"loss": (text_sum + image_sum) / max(1.0, text_count + image_count)}
-        values["bits"] = values["loss"] / math.log(2)
-        for name, total, count in (("text", text_sum, text_count), ("image", image_sum, image_count)):
-            values[f"{name}_loss"] = total / max(1.0, count)
-            values[f"{name}_perplexity"] = math.exp(min(80.0, values[f"{name}_loss"]))
-        return values
+        """Return the mean losses since the last report. A collective."""
+        return self._means(self._totals())
 
     def values(self) -> dict[str, float]:
-        """Return the mean losses and the tokens per second, and start anew. A collective."""
-        values = self.losses() | {"tokens_per_second": self._tokens / max(1e-9, self._seconds)}
+        """Return the mean losses, z-loss, output norm and tokens per second, and start anew. A collective."""
+        totals = self._totals()
+        values = self._means(totals)
+        values["z_loss"] = _mean(totals["z_loss"], totals["weight"])
+        values["output_norm"] = _mean(totals["output_norm"], totals["tokens"])
+        values["tokens_per_second"] = self._tokens / max(1e-9, self._seconds)
         self._clear()
         return values
 
+    def _totals(self) -> dict[str, float]:
+        return dict(zip(SUMS, self._engine.sum_over_processes(self._sums.tolist()), strict=True))
 
-def open_metrics(path: Path, start_step: int) -> TextIO:
-    """Open the lines of a run that goes on after `start_step`; later steps and a half-written line are dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= start_step))
+    def _means(self, totals: dict[str, float]) -> dict[str, float]:
+        loss = totals["text_loss"] + totals["image_loss"]
+        values = {"loss": _mean(loss, totals["text_count"] + totals["image_count"])}
+        values["bits"] = values["loss"] / math.log(2)
+        for name in ("text", "image"):
+            mean = _mean(totals[f"{name}_loss"], totals[f"{name}_count"])
+            values |= {f"{name}_loss": mean, f"{name}_perplexity": math.exp(min(mean, 80.0))}
+        return values
+
+
+def _mean(total: float, count: float) -> float:
+    """Return the mean of what was counted, NaN of nothing: no target of that kind, or no step with an update."""
+    return total / count if count else math.nan
+
+
+def _is_json(value: float | str) -> bool:
+    """Return whether JSON knows a value: a text, or a number that is finite."""
+    return isinstance(value, str) or math.isfinite(value)
+
+
+def open_metrics(path: Path, start_step: int, *, redo_validation: bool = False) -> TextIO:
+    """Open the lines of a run that goes on after `start_step`; later steps and a half-written line are dropped.
+
+    With `redo_validation` an evaluation at `start_step` is dropped too: the one after the last step comes again.
+    """
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        values = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+        again = redo_validation and values["step"] == start_step and values.get("split") == "validation"
+        if values["step"] <= start_step and not again:
+            kept.append(line)
+    write_text(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
-def training_line(step: int, total_steps: int, values: dict[str, float]) -> str:
-    """Return the console line of a training step."""
-    return " | ".join(
-        (
-            f"step {step}/{total_steps}",
-            f"loss {values['loss']:.3f} (text {values['text_loss']:.2f} image {values['image_loss']:.2f})",
-            f"grad {values['gradient_norm']:.2f}",
-            f"lr {values['learning_rate']:.1e}",
-            f"{_count(values['tokens_per_second'])} tok/s",
-            f"mfu {100 * values['mfu']:.0f}%",
-            f"eta {duration(values['eta_seconds'])}",
-        )
-    )
+def _last_losses(path: Path) -> list[float]:
+    """Return the last training losses of a run's lines."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    return [loss for loss in losses if loss is not None][-WINDOW:]
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Measure this process's matrix-multiply rate (FLOP/s), the 100% of MFU.
-
-    MFU here is model FLOPs per second over what a large matrix product reaches on the same machine, so it needs
-    no table of hardware (PaLM, appendix B, uses the data sheet's peak instead).
-    """
-    size = 8192 if device.type == "cuda" else 1024
-    a_NN = torch.ones(size, size, device=device, dtype=dtype)
-    torch.matmul(a_NN, a_NN)
-    _wait(device)
-    runs, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        torch.matmul(a_NN, a_NN)
-        _wait(device)
-        runs += 1
-    return 2 * size**3 * runs / elapsed
+def training_line(step: int, total_steps: int, values: dict[str, Any]) -> str:
+    """Return the console line of a training step; what is wrong stands at its end."""
+    parts = [
+        f"step {step}/{total_steps}",
+        f"loss {values['loss']:.3f} (text {values['text_loss']:.2f} image {values['image_loss']:.2f})",
+        f"grad {values['gradient_norm']:.2f}",
+        f"lr {values['learning_rate']:.1e}",
+        f"{_count(values['tokens_per_second'])} tok/s",
+        f"mfu {100 * values['mfu']:.0f}%",
+        f"eta {duration(values['eta_seconds'])}",
+    ]
+    if values["loss_spike"]:
+        parts.append(f"LOSS SPIKE: {values['loss_spike']:.2f} above the median")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    return " | ".join(parts)
 
 
 def duration(seconds: float) -> str:
@@ -140,11 +165,6 @@ def duration(seconds: float) -> str:
         if seconds >= (2 if unit == "days" else 1) * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _count(value: float) -> str:

@@ -6,41 +6,49 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from cm3.checkpoint import write_json, write_text
 from cm3.config import dump_config
 from cm3.data.shards import (
     INDEX_FILE,
+    SHARD_COLUMNS,
     SHARDS_FOLDER,
     read_shard_metadata,
     shard_path,
     write_index,
     write_shard,
 )
-from cm3.data.sources import RowReport, Source, SourceConfig, fingerprint, open_source
-from cm3.errors import ConfigError
+from cm3.data.sources import Source, SourceConfig, fingerprint, open_source
+from cm3.distributed import is_main, local_rank, rank, world_size
+from cm3.errors import ConfigError, DataError
 from cm3.tokenizers.document import (
     TEXT_TOKENIZER_FILE,
     DocumentTokenizer,
-    ImageCodes,
-    TextTokens,
     TokenizedDocument,
 )
 from cm3.tokenizers.image import ImageTokenizer
+from cm3.tokenizers.instruct import tokenize_examples
 from cm3.tokenizers.text import TextTokenizer
 from cm3.tokenizers.vocabulary import Vocabulary
 from cm3.training.contexts import Contexts, RetrievalConfig
+from cm3.training.metrics import duration
+from cm3.training.prepare_report import PrepareReport, Progress
 
 REPORT_FILE = "report.json"
+
+PATIENCE_SECONDS = 3600.0
+"""Rank 0 gives up once for so long no other rank has finished a shard."""
+
+_POLL_SECONDS = 5.0
 
 _SETTINGS_KEY, _REPORT_KEY = "settings", "report"
 
@@ -67,8 +75,6 @@ class PrepareConfig:
     """Processes that tokenise, each with one thread where there are several."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where images are encoded; auto is a GPU if there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the image tokenizer; bf16 is faster, and some codes differ from fp32's."""
     output: str
     """Folder to write: shards, the tokenizers' files, the vocabulary, `report.json` and `config.yaml`."""
 
@@ -78,73 +84,52 @@ class PrepareConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 1 or more")
 
 
-@dataclass
-class PrepareReport:
-    """What became of the rows."""
-
-    rows: RowReport = field(default_factory=RowReport)
-    """Rows read, rows that were bad, and the first of these by name."""
-    documents: int = 0
-    text_tokens: int = 0
-    image_tokens: int = 0
-    longest_document: int = 0
-    """Ids of the longest document, delimiters included."""
-
-    def add(self, document: TokenizedDocument) -> None:
-        """Count a document."""
-        texts = [len(part.tokens) for part in document.segments if isinstance(part, TextTokens)]
-        images = [part.codes_HW.size for part in document.segments if isinstance(part, ImageCodes)]
-        self.documents += 1
-        self.text_tokens += sum(texts)
-        self.image_tokens += sum(images)
-        length = sum(texts) + sum(images) + len(document.segments) + 1
-        self.longest_document = max(self.longest_document, length)
-
-    def merge(self, other: PrepareReport) -> None:
-        """Add what another report counted."""
-        self.rows.merge(other.rows)
-        self.documents += other.documents
-        self.text_tokens += other.text_tokens
-        self.image_tokens += other.image_tokens
-        self.longest_document = max(self.longest_document, other.longest_document)
-
-    @classmethod
-    def from_json(cls, text: str) -> PrepareReport:
-        """The inverse of `json.dumps(asdict(report))`."""
-        values = json.loads(text)
-        return cls(**{**values, "rows": RowReport(**values["rows"])})
-
-
 def run(config: PrepareConfig) -> Path:
     """Prepare the rows of a config and return the folder written.
 
-    Shards that an earlier run with the same settings completed are kept.
+    Shards that an earlier run with the same settings completed are kept. Where a launcher sets RANK and WORLD_SIZE,
+    each rank makes its share of the shards in the one folder, which all of them see, and rank 0 waits for the others
+    before it declares the folder complete.
 
     Raises:
-        DataError: there are no rows, or more bad ones than `data.max_bad_fraction`.
+        DataError: there are no rows, or more bad ones than `data.max_bad_fraction`, or the other ranks do not
+            deliver.
         ModelFilesError: a tokenizer's file is missing or damaged.
     """
     yaml = dump_config(config, stage="prepare")
-    print(yaml, flush=True)
     output = Path(config.output)
     preparer = Preparer(config)
-    (output / SHARDS_FOLDER / INDEX_FILE).unlink(missing_ok=True)
-    preparer.tokenizer.save(output)
-    write_text(output / "config.yaml", yaml)
+    if is_main():
+        print(yaml, flush=True)
+        (output / SHARDS_FOLDER / INDEX_FILE).unlink(missing_ok=True)
+        preparer.tokenizer.save(output)
+        write_text(output / "config.yaml", yaml)
 
-    num_rows = len(preparer.source)
-    report = PrepareReport()
-    with tqdm(total=num_rows, desc="rows", unit=" rows", disable=None) as progress:
-        for part in _reports(config, preparer):
-            report.merge(part)
-            report.rows.check(num_rows, config.data.max_bad_fraction)
-            progress.update(part.rows.read)
+    num_rows, mine = len(preparer.source), range(rank(), preparer.num_shards, world_size())
+    reports: dict[int, PrepareReport] = {}
+    total = PrepareReport()
+    progress = Progress(sum(len(preparer.rows(number)) for number in mine))
+    for number, (report, made) in zip(mine, _reports(config, preparer, mine), strict=True):
+        reports[number] = report
+        total.merge(report)
+        total.rows.check(num_rows, config.data.max_bad_fraction)
+        progress.update(report.rows.read, made=made)
+    if not is_main():
+        print(f"rank {rank()} of {world_size()}: its {len(mine)} shards are written", flush=True)
+        return output
+
+    reports |= _reports_of_others(preparer, [n for n in range(preparer.num_shards) if n not in mine])
+    total = PrepareReport()
+    for number in range(preparer.num_shards):
+        total.merge(reports[number])
+    total.rows.check(num_rows, config.data.max_bad_fraction)
     for path in (output / SHARDS_FOLDER).glob("*.arrow"):
         if int(path.stem) >= preparer.num_shards:
             path.unlink()
-    write_json(output / REPORT_FILE, asdict(report))
+    total.count_duplicates([shard_path(output, number) for number in range(preparer.num_shards)])
+    write_json(output / REPORT_FILE, asdict(total))
     write_index(output, preparer.num_shards, preparer.tokenizer.hash)
-    print(_summary(report), flush=True)
+    print(total, flush=True)
     print(f"wrote {output}", flush=True)
     return output
 
@@ -158,15 +143,15 @@ class Preparer:
         text = TextTokenizer.load(Path(config.text_tokenizer) / TEXT_TOKENIZER_FILE)
         image = ImageTokenizer.load(config.image_tokenizer)
         vocabulary = Vocabulary.build(text.size, image.num_codes, config.num_sentinels)
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        automatic = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
         if config.device == "cuda" and automatic == "cpu":
             raise ConfigError("device=cuda, but torch finds no GPU here; choose auto or cpu")
         image.batch_size = config.batch_size
-        image.compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        image.to(automatic if config.device == "auto" else config.device)
+        image.to("cpu" if config.device == "cpu" else automatic)
         self.tokenizer = DocumentTokenizer(text, image, vocabulary)
         self._tokenizer_hash = self.tokenizer.hash
         device = str(image.device)
+        self._files = fingerprint(config.data.path)
         self._contexts = Contexts(config.retrieval, self._tokenizer_hash, device) if config.retrieval else None
 
     @property
@@ -174,25 +159,36 @@ class Preparer:
         """Number of shards of all rows."""
         return -(-len(self.source) // self.config.rows_per_shard)
 
-    def make(self, number: int) -> PrepareReport:
-        """Write a shard, unless it is there already, and report on its rows."""
-        rows = range(len(self.source))[number * self.config.rows_per_shard :][: self.config.rows_per_shard]
-        path, settings = shard_path(self.config.output, number), self._settings(rows)
-        found = read_shard_metadata(path)
-        if found is not None and found.get(_SETTINGS_KEY) == settings:
-            return PrepareReport.from_json(found[_REPORT_KEY])
-        self.source.report = RowReport()
-        report, documents = PrepareReport(rows=self.source.report), []
+    def rows(self, number: int) -> range:
+        """The rows of a shard."""
+        return range(len(self.source))[number * self.config.rows_per_shard :][: self.config.rows_per_shard]
+
+    def find(self, number: int) -> PrepareReport | None:
+        """The report of a shard that is whole and was made with these settings, or None."""
+        found = read_shard_metadata(shard_path(self.config.output, number))
+        if found is None or found.get(_SETTINGS_KEY) != self._settings(self.rows(number)):
+            return None
+        return PrepareReport.from_json(found[_REPORT_KEY])
+
+    def make(self, number: int) -> tuple[PrepareReport, bool]:
+        """Write a shard, unless it is there already; report on its rows, and say whether it was written."""
+        found = self.find(number)
+        if found is not None:
+            return found, False
+        rows = self.rows(number)
+        report, documents = PrepareReport(), []
+        self.source.report = report.rows
         for document in self._tokenized(rows):
             report.add(document)
             documents.append(document)
-        write_shard(path, documents, {_SETTINGS_KEY: settings, _REPORT_KEY: json.dumps(asdict(report))})
-        return report
+        metadata = {_SETTINGS_KEY: self._settings(rows), _REPORT_KEY: report.to_json()}
+        write_shard(shard_path(self.config.output, number), documents, metadata)
+        return report, True
 
     def _tokenized(self, rows: range) -> Iterator[TokenizedDocument]:
         raw = self.source.rows(rows.start, rows.stop)
         while batch := list(islice(raw, self.config.batch_size)):
-            tokenized = self.tokenizer.tokenize(batch)
+            tokenized = tokenize_examples(self.tokenizer, batch)
             yield from self._contexts.extended(batch, tokenized) if self._contexts else tokenized
 
     def _settings(self, rows: range) -> str:
@@ -203,23 +199,47 @@ class Preparer:
         content: dict[str, Any] = {
             "data": data,
             "tokenizer": self._tokenizer_hash,
-            "precision": self.config.precision,
             "rows": [rows.start, rows.stop],
-            "files": fingerprint(self.config.data.path),
+            "files": self._files,
+            "columns": SHARD_COLUMNS,
         }
         if self._contexts:
             content["retrieval"] = self._contexts.content
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _reports(config: PrepareConfig, preparer: Preparer) -> Iterator[PrepareReport]:
-    """Make every shard, here or in several processes, and yield their reports."""
+def _reports(config: PrepareConfig, preparer: Preparer, numbers: range) -> Iterator[tuple[PrepareReport, bool]]:
+    """Make shards, here or in several processes, and yield what `Preparer.make` returns for each."""
     if config.num_processes == 1:
-        yield from map(preparer.make, range(preparer.num_shards))
+        yield from map(preparer.make, numbers)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process that holds threads can hang
     with ProcessPoolExecutor(config.num_processes, context, _start_worker, (config,)) as pool:
-        yield from pool.map(_make_in_worker, range(preparer.num_shards))
+        yield from pool.map(_make_in_worker, numbers)
+
+
+def _reports_of_others(preparer: Preparer, missing: list[int]) -> dict[int, PrepareReport]:
+    """Wait for the shards that other ranks make, and return their reports.
+
+    The folder is all that the ranks share: they need no network between them and may run one after the other.
+    """
+    reports: dict[int, PrepareReport] = {}
+    news = time.monotonic()
+    while True:
+        found = {number: report for number in missing if (report := preparer.find(number)) is not None}
+        reports |= found
+        missing = [number for number in missing if number not in found]
+        if not missing:
+            return reports
+        if found:
+            news = time.monotonic()
+        elif time.monotonic() - news > PATIENCE_SECONDS:
+            raise DataError(
+                f"of the shards of other ranks {len(missing)} are missing, the first is number {missing[0]}, and for "
+                f"{duration(PATIENCE_SECONDS)} none has come; see what those ranks printed, and run the same command "
+                "again: what is there is kept"
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 _worker: Preparer | None = None
@@ -231,16 +251,6 @@ def _start_worker(config: PrepareConfig) -> None:
     _worker = Preparer(config)
 
 
-def _make_in_worker(number: int) -> PrepareReport:
+def _make_in_worker(number: int) -> tuple[PrepareReport, bool]:
     assert _worker is not None, "the pool did not start this worker"
     return _worker.make(number)
-
-
-def _summary(report: PrepareReport) -> str:
-    lines = [
-        f"{report.rows.read} rows read, {report.documents} kept, {report.rows.bad} skipped",
-        *(f"  skipped {reason}" for reason in report.rows.bad_rows),
-        f"{report.text_tokens} text and {report.image_tokens} image tokens; the longest document has "
-        f"{report.longest_document} ids",
-    ]
-    return "\n".join(lines)

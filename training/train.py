@@ -5,29 +5,32 @@ The loss is the mean over all targets of a step (spec 2.3), whatever its split i
 
 import itertools
 import math
-from collections.abc import Mapping
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
-from cm3.checkpoint import write_text
+from cm3.checkpoint import remove_leftovers, write_text
 from cm3.config import dump_config
 from cm3.data.loader import PackedLoader
+from cm3.data.mixture import Mixture, open_documents
 from cm3.data.shards import ShardedDocuments
 from cm3.distributed import barrier, is_main, rank, world_size
 from cm3.errors import ConfigError
+from cm3.eval.machine import MatrixPeak
 from cm3.model.config import flops_per_token
-from cm3.model.loss import next_token_loss, shift_targets
 from cm3.model.transformer import Transformer
-from cm3.tokenizers.vocabulary import Vocabulary
+from cm3.training.average import WeightAverage
 from cm3.training.config import ModelRun
-from cm3.training.engine import Engine, deepspeed_config, start_distributed
+from cm3.training.engine import Engine, deepspeed_config, from_main, start_distributed
 from cm3.training.export import export_model
-from cm3.training.metrics import MetricsWriter, Window, peak_flops
+from cm3.training.loss import LossModule, target_weight
+from cm3.training.metrics import MetricsWriter, Window
+from cm3.training.nonfinite import SkippedSteps, check_divergence
 from cm3.training.optimizer import learning_rate_at, make_optimizer
-from cm3.training.state import RunState, WeightAverage, latest_checkpoint, load_checkpoint, save_checkpoint
+from cm3.training.state import RunState, is_verifiable, load_checkpoint, newest_checkpoint, save_checkpoint
 from cm3.training.stopping import is_due, stop_signal
 
 
@@ -36,12 +39,19 @@ def run(config: ModelRun) -> Path | None:
 
     Returns:
         The model folder, or None where the run was stopped by SIGTERM after saving a checkpoint.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the data, or the number of processes.
+        ModelFilesError: no checkpoint of the run is good, or one cannot be written.
+        DivergedError: too many steps in a row had a loss or gradient that is not finite.
     """
     start_distributed()
     accumulation = config.accumulation_steps(world_size())
     output, yaml = Path(config.output), dump_config(config, stage="model")
     if is_main():
         print(yaml, flush=True)
+        for folder in (output, output / "checkpoints", output / "model"):
+            remove_leftovers(folder)  # of this run, where it was killed
         write_text(output / "config.yaml", yaml)
     barrier()
 
@@ -52,6 +62,9 @@ def run(config: ModelRun) -> Path | None:
             f"left out {loader.num_too_long} of {len(train_data)} documents, longer than "
             f"data.sequence_length={config.data.sequence_length}"
         )
+    if isinstance(train_data, Mixture):
+        for count in train_data.counts(loader.usable):
+            report(str(count))
 
     torch.manual_seed(config.seed)
     module = LossModule(Transformer(config.model), train_data.vocabulary, config)
@@ -73,20 +86,26 @@ def run(config: ModelRun) -> Path | None:
     )
     average = WeightAverage(module, config.ema_decay) if config.ema_decay else None
     state = RunState(step=0, tokens=0, seconds=0.0, loader=loader.state(), tokenizer_hash=train_data.tokenizer_hash)
-    if checkpoint := latest_checkpoint(output / "checkpoints"):
+    if checkpoint := from_main(lambda: newest_checkpoint(output / "checkpoints")):
         state = load_checkpoint(checkpoint, engine, average, train_data.tokenizer_hash)
         loader.load_state(state.loader)
-        report(f"resumed from {checkpoint}")
+        unverified = "" if is_verifiable(checkpoint) else " (unverified: it has no checksums)"
+        report(f"resumed from {checkpoint}{unverified}")
 
     writer = MetricsWriter(output, config.steps, state.step) if is_main() else None
-    peak = peak_flops(engine.device, next(module.parameters()).dtype) * world_size()
+    skipped_steps = SkippedSteps(output, train_data, state.step) if is_main() else None
+    peak = MatrixPeak(engine.device, next(module.parameters()).dtype)
+    peak.measure()
     flops = flops_per_token(config.model, mean_context(config, train_data))
     batches, window, stopped = iter(loader), Window(engine), False
     with stop_signal() as stop_requested:
         while state.step < config.steps and not stopped:
             step = state.step + 1
             torch.manual_seed((config.seed << 32) + step * world_size() + rank())  # dropout depends on the place only
-            micro_batches = [next(batches) for _ in range(accumulation)]
+            micro_batches, rows = [], []
+            for _ in range(accumulation):
+                micro_batches.append(next(batches))
+                rows += loader.batch_documents
             shares = [target_weight(batch) for batch in micro_batches]
             total_weight, tokens, stops = engine.sum_over_processes(
                 [
@@ -97,34 +116,62 @@ def run(config: ModelRun) -> Path | None:
             )
             learning_rate = learning_rate_at(step, config.steps, config.optimizer)
             engine.set_learning_rate(learning_rate)
+            losses, sums = [], []
             for batch, share in zip(micro_batches, shares, strict=True):
-                loss, sums = engine(batch["ids_BT"], batch["document_ids_BT"], batch["weights_BT"])
-                engine.backward(loss * (share / total_weight))
-                window.add(sums)
-            if average:
-                average.update(step)
+                loss, batch_sums = engine(batch["ids_BT"], batch["document_ids_BT"], batch["weights_BT"])
+                engine.backward(loss * (share / (total_weight or 1.0)))
+                losses.append(loss.detach())
+                sums.append(batch_sums)
+            applied = engine.applied()
+            if applied:
+                window.add(sum(sums))
+                if average:
+                    average.update(step)
             seconds = window.lap(tokens)
             state = RunState(
-                step, state.tokens + int(tokens), state.seconds + seconds, loader.state(), state.tokenizer_hash
+                step=step,
+                tokens=state.tokens + int(tokens),
+                seconds=state.seconds + seconds,
+                loader=loader.state(),
+                tokenizer_hash=state.tokenizer_hash,
+                samples=zlib.crc32(np.concatenate(rows).astype(np.int64).tobytes(), state.samples),
+                skipped=state.skipped + (not applied),
+                skipped_in_row=0 if applied else state.skipped_in_row + 1,
             )
             stopped = stops > 0
+            if not applied:
+                report(f"step {step}/{config.steps} | SKIPPED: loss or gradient is not finite")
+                all_losses = gather_losses(engine, losses)
+                if skipped_steps:
+                    skipped_steps.write(step, all_losses, rows)
+                check_divergence(state, config.max_nonfinite_steps, output)
 
             if step % config.log_interval == 0 or step == config.steps:
                 values = window.values()
                 values["gradient_norm"] = engine.gradient_norm()
                 values["learning_rate"] = learning_rate
-                values["mfu"] = values["tokens_per_second"] * flops / peak
+                peak.measure(1)
+                values["mfu"] = values["tokens_per_second"] * flops / (peak.flops_per_second * world_size())
                 values["eta_seconds"] = (config.steps - step) * state.seconds / step
                 values["tokens"] = state.tokens
+                values["skipped"] = state.skipped
                 if writer:
-                    writer.training(step, values)
+                    writer.training(step, values | {"samples": f"{state.samples:08x}"})
             if is_due(step, config.evaluation_interval) and step < config.steps and validation_data:
                 with average.applied() if average else nullcontext():
                     validation = evaluate(engine, config, validation_data)
                 if writer:
                     writer.validation(step, validation)
             if is_due(step, config.checkpoint_interval) or stopped or step == config.steps:
-                save_checkpoint(output / "checkpoints", engine, state, average, yaml, config.keep_checkpoints)
+                save_checkpoint(
+                    output / "checkpoints",
+                    engine,
+                    state,
+                    average,
+                    yaml,
+                    keep=config.keep_checkpoints,
+                    keep_every_steps=config.keep_every_steps,
+                )
             window.start_lap()
 
     if state.step < config.steps:
@@ -141,57 +188,35 @@ def run(config: ModelRun) -> Path | None:
     return export_model(output / "model", engine, average, config, state, validation)
 
 
-class LossModule(nn.Module):
-    """The transformer and its loss in one forward, as the engine wants it."""
-
-    def __init__(self, model: Transformer, vocabulary: Vocabulary, config: ModelRun) -> None:
-        super().__init__()
-        self.model = model
-        self._image_range = (vocabulary.image_range.start, vocabulary.image_range.stop)
-        self._z_loss_weight = config.z_loss_weight
-
-    def forward(self, ids_BT: Tensor, document_ids_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of a micro batch, a mean over its targets, and its sums for `Window`.
-
-        A plain tuple: DeepSpeed hooks the tensors of tuples, lists and dictionaries only, and without its hooks bf16
-        gradients of one micro batch leak into the next.
-        """
-        out = next_token_loss(
-            self.model,
-            ids_BT,
-            document_ids_BT,
-            image_range=self._image_range,
-            weights_BT=weights_BT,
-            z_loss_weight=self._z_loss_weight,
-        )
-        sums = (out.text_loss_sum, out.text_count, out.image_loss_sum, out.image_count)
-        return out.loss, torch.stack([value.detach().double() for value in sums])
-
-
-def open_data(config: ModelRun) -> tuple[ShardedDocuments, ShardedDocuments | None]:
+def open_data(config: ModelRun) -> tuple[ShardedDocuments | Mixture, ShardedDocuments | None]:
     """Open the prepared folders of a run.
 
     Raises:
         ConfigError: training and validation data were prepared with different tokenizers, or the model has
             another vocabulary.
     """
-    train = ShardedDocuments(config.data.train)
+    train = open_documents(
+        config.data.train,
+        config.data.weights,
+        min_repetition=config.data.min_repetition,
+        max_repetition=config.data.max_repetition,
+    )
     validation = ShardedDocuments(config.data.validation) if config.data.validation else None
     if validation and validation.tokenizer_hash != train.tokenizer_hash:
         raise ConfigError(
             f"data.validation={config.data.validation} was prepared with other tokenizers than "
-            f"data.train={config.data.train}; prepare both with the same ones"
+            f"{train}; prepare both with the same ones"
         )
     vocabulary = train.vocabulary
     if vocabulary.size != config.model.vocabulary_size:
         raise ConfigError(
-            f"model.vocabulary_size={config.model.vocabulary_size}, but the vocabulary of {config.data.train} has "
+            f"model.vocabulary_size={config.model.vocabulary_size}, but the vocabulary of {train} has "
             f"{vocabulary.size} ids; set model.vocabulary_size={vocabulary.size}"
         )
     return train, validation
 
 
-def make_loader(config: ModelRun, data: ShardedDocuments, *, evaluation: bool) -> PackedLoader:
+def make_loader(config: ModelRun, data: ShardedDocuments | Mixture, *, evaluation: bool) -> PackedLoader:
     """Return the micro batches of this process: endless for training, one fixed pass for evaluation."""
     return PackedLoader(
         data,
@@ -207,18 +232,13 @@ def make_loader(config: ModelRun, data: ShardedDocuments, *, evaluation: bool) -
     )
 
 
-def mean_context(config: ModelRun, data: ShardedDocuments) -> float:
+def mean_context(config: ModelRun, data: ShardedDocuments | Mixture) -> float:
     """Return how many tokens a token attends to on average: half of its document, or of its row of a stream."""
     if config.data.packing == "stream":
         return config.data.sequence_length / 2
-    lengths = data.lengths[data.lengths <= config.data.sequence_length].astype(float)
+    usable = np.flatnonzero(data.lengths[: len(data)] <= config.data.sequence_length)
+    lengths = data.lengths[data.members(usable, config.seed, 0)].astype(float)
     return float((lengths**2).sum() / lengths.sum() / 2)
-
-
-def target_weight(batch: Mapping[str, Tensor]) -> float:
-    """Return the sum of the weights of a micro batch's targets."""
-    _, is_target_BT = shift_targets(batch["ids_BT"], batch["document_ids_BT"])
-    return float((batch["weights_BT"].roll(-1, dims=1) * is_target_BT).sum())
 
 
 @torch.no_grad()
@@ -232,6 +252,13 @@ def evaluate(engine: Engine, config: ModelRun, data: ShardedDocuments) -> dict[s
         window.add(sums)
     engine.module.train()
     return window.losses()
+
+
+def gather_losses(engine: Engine, losses: list[torch.Tensor]) -> list[float]:
+    """Return the losses of a step's micro batches in the order of its rows, those of all processes. A collective."""
+    own = torch.zeros(len(losses), world_size(), dtype=torch.float64)
+    own[:, rank()] = torch.stack(losses).double().cpu()
+    return engine.sum_over_processes(own.flatten().tolist())
 
 
 def report(message: str) -> None:

@@ -7,7 +7,7 @@ processes. Each process plans all rows, which is cheap, and fills only its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
@@ -17,9 +17,25 @@ import torch
 from torch import Tensor
 
 from cm3.data.packing import DocumentPlan, Purpose, Row, StreamPlan, epoch_order, generator
-from cm3.data.shards import ShardedDocuments
 from cm3.errors import ConfigError, DataError
 from cm3.tokenizers.vocabulary import Vocabulary
+
+
+class Documents(Protocol):
+    """What the loader asks of its data: `ShardedDocuments`, or a `Mixture` of several."""
+
+    lengths: np.ndarray
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def __len__(self) -> int: ...
+
+    def members(self, usable: np.ndarray, seed: int, epoch: int) -> np.ndarray: ...
+
+    def ids(self, index: int) -> np.ndarray: ...
+
+    def num_retrieved_ids(self, index: int) -> int: ...
 
 
 class Objective(Protocol):
@@ -66,8 +82,12 @@ class PackedLoader:
 
     Iterating goes on from the place reached; in evaluation it starts anew each time.
 
+    Attributes:
+        batch_documents: the documents of each row of the batch that was given last, by their numbers: the rows of
+            all processes, in order.
+
     Args:
-        documents: prepared documents.
+        documents: prepared documents, or a mixture of several sources.
         vocabulary: of the model; must be the documents'.
         objective: masks the documents.
         sequence_length: T.
@@ -87,7 +107,7 @@ class PackedLoader:
 
     def __init__(
         self,
-        documents: ShardedDocuments,
+        documents: Documents,
         vocabulary: Vocabulary,
         objective: Objective,
         *,
@@ -101,7 +121,7 @@ class PackedLoader:
     ) -> None:
         if vocabulary != documents.vocabulary:
             raise ConfigError(
-                f"the model's vocabulary is {vocabulary.hash[:12]}, that of {documents.folder} is "
+                f"the model's vocabulary is {vocabulary.hash[:12]}, that of {documents} is "
                 f"{documents.vocabulary.hash[:12]}; prepare the data with this model's tokenizers"
             )
         if sequence_length < 2 or rows < 1 or not 0 <= rank < world_size:
@@ -115,16 +135,18 @@ class PackedLoader:
         self._is_stream, self._evaluation = packing == "stream", evaluation
         usable = np.arange(len(documents))
         if not self._is_stream:
-            usable = usable[documents.lengths <= sequence_length]
+            usable = usable[documents.lengths[: len(documents)] <= sequence_length]
         self.num_too_long = len(documents) - len(usable)
-        self._usable = usable
+        self.usable = usable
+        """The documents that are not too long, ascending."""
         self._order: tuple[int, np.ndarray] | None = None
         self._plan = self._make_plan()
         self._window: tuple[int, int, list[Row]] | None = None
         self._place = Place()
+        self.batch_documents: list[list[int]] = []
         if not self._rows_of(0, 0):
             raise DataError(
-                f"the {len(documents)} documents of {documents.folder} fill no row of {sequence_length} ids "
+                f"the {len(documents)} documents of {documents} fill no row of {sequence_length} ids "
                 f"(the longest has {documents.lengths.max()}); change "
                 "sequence_length or packing, or prepare more data"
             )
@@ -137,21 +159,22 @@ class PackedLoader:
         """Go on where `state()` was taken; the number of processes may be another."""
         self._place = Place(**state)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Generator[dict[str, Tensor], None, None]:
         if self._evaluation:
             self._place = Place()
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
             upcoming = thread.submit(self._batch, self._place)
             while True:
-                batch, place = upcoming.result()
+                batch, place, documents = upcoming.result()
                 if batch is None:
                     return
                 upcoming = thread.submit(self._batch, place)
-                self._place = place
+                self._place, self.batch_documents = place, documents
                 yield batch
 
-    def _batch(self, place: Place) -> tuple[dict[str, Tensor] | None, Place]:
-        """The batch that starts at a place (None at the end of an evaluation), and the place after it."""
+    def _batch(self, place: Place) -> tuple[dict[str, Tensor] | None, Place, list[list[int]]]:
+        """The batch that starts at a place (None at the end of an evaluation), the place after it, and the
+        documents of the rows of all processes."""
         wanted = self._rows * self._world_size
         rows: list[tuple[int, Row]] = []
         epoch, window, row = place.epoch, place.window, place.row
@@ -168,9 +191,10 @@ class PackedLoader:
                 rows += [(epoch, each) for each in taken]
                 row += len(taken)
         if not rows:
-            return None, place
+            return None, place, []
         mine = rows[self._rank * self._rows : (self._rank + 1) * self._rows]
-        return self._fill(mine), Place(epoch, window, row)
+        documents = [[piece.document for piece in each.pieces] for _, each in rows]
+        return self._fill(mine), Place(epoch, window, row), documents
 
     def _make_plan(self) -> DocumentPlan | StreamPlan:
         lengths, length = self._documents.lengths, self._sequence_length
@@ -187,9 +211,10 @@ class PackedLoader:
 
     def _ordered(self, epoch: int) -> np.ndarray:
         if self._evaluation:
-            return self._usable
+            return self.usable
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._usable, self._seed, epoch))
+            members = self._documents.members(self.usable, self._seed, epoch)
+            self._order = (epoch, epoch_order(members, self._seed, epoch))
         return self._order[1]
 
     def _rows_of(self, epoch: int, window: int) -> list[Row]:

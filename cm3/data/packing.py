@@ -6,14 +6,13 @@ A plan is made window by window, and each window is a function of (seed, epoch, 
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
-WINDOW_DOCUMENTS = 1024
+WINDOW_DOCUMENTS = 4096
 """Documents packed together: more of them fill the rows better, fewer make a window faster."""
 
 WINDOW_ROWS = 256
@@ -26,6 +25,7 @@ class Purpose(IntEnum):
     ORDER = 0
     COUNTS = 1
     SPANS = 2
+    MIXTURE = 3
 
 
 def generator(seed: int, purpose: Purpose, epoch: int, place: int) -> np.random.Generator:
@@ -41,7 +41,7 @@ def epoch_order(members: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Piece:
     """The ids start..stop-1 of a document, and how many spans to mask in it where documents are masked one by
-    one."""
+    one; -n stands for a box of n rows."""
 
     document: int
     start: int
@@ -88,8 +88,9 @@ class DocumentPlan:
         lengths = self._lengths[documents].astype(np.int64)
         rng = generator(self._seed, Purpose.COUNTS, epoch, window)
         counts = self._count_spans(rng, len(documents))
-        counts = np.minimum(counts, (self._sequence_length - lengths) // self._ids_per_span)
-        bins = best_fit(lengths + self._ids_per_span * counts, self._sequence_length)
+        room = (self._sequence_length - lengths) // self._ids_per_span
+        counts = np.clip(counts, -room, room)
+        bins = best_fit(lengths + self._ids_per_span * abs(counts), self._sequence_length)
         rng.shuffle(bins)  # they come sorted by the lengths of their documents
         return [
             Row(number, [Piece(int(documents[i]), 0, int(lengths[i]), int(counts[i])) for i in items])
@@ -138,29 +139,57 @@ class StreamPlan:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack items into bins by best-fit decreasing: the longest first, each where it leaves the least room.
+    """Pack items into bins, one bin after the other: the longest item left, and those others that fill the bin best.
+
+    Where items are of similar length and a handful fills a bin, as captioned pictures are, best-fit decreasing (each
+    item by itself into the bin where it leaves the least room) wastes several times as much.
 
     Args:
-        lengths: of the items, none above `capacity`; equal ones keep their order.
+        lengths: of the items, from 1 to `capacity`; equal ones keep their order.
         capacity: of every bin.
 
     Returns:
         The items of each bin.
     """
-    assert not len(lengths) or lengths.max() <= capacity, "an item is longer than a bin"
-    bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for item in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[item])
-        place = bisect.bisect_left(rooms, (length, -1))
-        if place < len(rooms):
-            room, number = rooms.pop(place)
-        else:
-            room, number = capacity, len(bins)
-            bins.append([])
-        bins[number].append(item)
-        bisect.insort(rooms, (room - length, number))
+    assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= capacity, "an item is empty or longer than a bin"
+    left: dict[int, list[int]] = {}  # length -> its items, the longest first
+    for item in np.lexsort((-np.arange(len(lengths)), -lengths)).tolist():
+        left.setdefault(int(lengths[item]), []).append(item)
+    bins = []
+    while left:
+        longest = next(iter(left))
+        items = [left[longest].pop()]
+        items += [left[length].pop() for length in _fullest(left, capacity - longest)]
+        left = {length: rest for length, rest in left.items() if rest}
+        bins.append(items)
     return bins
+
+
+def _fullest(left: dict[int, list[int]], room: int) -> list[int]:
+    """The lengths, of those that are left, with the largest sum up to `room`; long ones rather than short ones.
+
+    A subset sum with bounded counts: bit n of `reachable` says that some items fill exactly n.
+    """
+    reachable, within = 1, (2 << room) - 1
+    trail = []
+    for length, items in left.items():
+        if length > room:
+            continue
+        trail.append((length, reachable))
+        copies, step = min(len(items), room // length), 1
+        while copies:  # 1, 2, 4, ... and the rest: their sums are all numbers of copies
+            step = min(step, copies)
+            reachable |= (reachable << step * length) & within
+            copies, step = copies - step, 2 * step
+        if reachable >> room:
+            break
+    filled = reachable.bit_length() - 1
+    chosen = []
+    for length, before in reversed(trail):
+        while not before >> filled & 1:
+            chosen.append(length)
+            filled -= length
+    return chosen[::-1]
 
 
 def stream_pieces(order: np.ndarray, starts: np.ndarray, begin: int, end: int) -> list[Piece]:

@@ -7,6 +7,7 @@ are read, so shards do not depend on the order of the vocabulary's ranges.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cm3.tokenizers.document import (
     TokenizedDocument,
     document_to_ids,
 )
+from cm3.tokenizers.instruct import ANSWERS, answer_spans
 from cm3.tokenizers.vocabulary import Vocabulary
 
 SHARDS_FOLDER = "shards"
@@ -40,8 +42,13 @@ _SCHEMA = pa.schema(
         ("retrieved", pa.int32()),  # how many leading segments are retrieved context
         ("length", pa.int32()),  # ids of the document, delimiters included
         ("row", pa.string()),  # the raw row it was made from
+        ("answers", pa.list_(pa.int32())),  # for each answer (segment after the retrieved ones, first, stop token)
+        ("digest", pa.uint64()),  # hash of the segments that are not retrieved, to find duplicates
     ]
 )
+
+SHARD_COLUMNS: tuple[str, ...] = tuple(_SCHEMA.names)
+"""Columns of a shard that is written now; older ones may lack some."""
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -55,7 +62,8 @@ def write_shard(path: str | Path, documents: Sequence[TokenizedDocument], metada
     Args:
         path: see `shard_path`.
         documents: `metadata["retrieved"]` of a document counts its leading segments that are retrieved
-            context; `metadata["row"]` names its raw row.
+            context; `metadata["row"]` names its raw row; `metadata["answers"]` says where the answers of an
+            instruction stand, see `cm3.tokenizers.instruct`.
         metadata: Kept in the file, see `read_shard_metadata`.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
@@ -72,6 +80,8 @@ def write_shard(path: str | Path, documents: Sequence[TokenizedDocument], metada
         columns["retrieved"].append(document.metadata.get("retrieved", 0))
         columns["length"].append(tokens + len(shapes) + 1)
         columns["row"].append(document.metadata.get("row"))
+        columns["answers"].append(np.array(document.metadata.get(ANSWERS, ()), dtype=np.int32).ravel())
+        columns["digest"].append(_digest(document))
     schema = _SCHEMA.with_metadata(metadata)
     table = pa.Table.from_pydict(columns, schema=schema)
     with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
@@ -87,6 +97,11 @@ def read_shard_metadata(path: str | Path) -> dict[str, str] | None:
     except (OSError, pa.ArrowInvalid):
         return None
     return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def read_shard_column(path: str | Path, name: str) -> pa.ChunkedArray:
+    """A column of a shard, memory-mapped."""
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all().column(name)
 
 
 def write_index(folder: str | Path, num_shards: int, tokenizer_hash: str) -> None:
@@ -133,6 +148,8 @@ class ShardedDocuments:
             raise DataError(f"{folder} holds no documents; see its report.json")
         self.lengths = np.concatenate([shard.lengths for shard in self._shards])
         """Number of ids of each document, delimiters included, int32."""
+        self.num_answers = np.concatenate([shard.num_answers for shard in self._shards])
+        """Number of answers in each document; 0 for one that is no instruction."""
 
     def __len__(self) -> int:
         return int(self._stops[-1]) if len(self._stops) else 0
@@ -141,9 +158,21 @@ class ShardedDocuments:
         shard, row = self._locate(index)
         return shard.document(row)
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def members(self, usable: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """The documents that an epoch of training shows: each usable one once. See `Mixture.members`."""
+        return usable
+
     def ids(self, index: int) -> np.ndarray:
         """The joint ids of a document (spec 1.2), int64."""
         return document_to_ids(self[index], self.vocabulary)
+
+    def answer_spans(self, index: int) -> np.ndarray:
+        """Start and stop of every answer among `ids(index)`, int64 of shape (N, 2); none of a document that is no
+        instruction."""
+        return answer_spans(self[index])
 
     def num_retrieved_ids(self, index: int) -> int:
         """How many ids at the start of a document, `</s>` and breaks included, belong to retrieved
@@ -170,6 +199,9 @@ class _Shard:
         self.lengths = _numpy(table.column("length"))
         self.retrieved = _numpy(table.column("retrieved"))
         self._row = table.column("row")
+        # shards of before there were instructions have no such column
+        self._answers = _Lists(table.column("answers")) if "answers" in table.column_names else None
+        self.num_answers = self._answers.lengths // 3 if self._answers is not None else np.zeros_like(self.lengths)
         self._text, self._codes, self._segments = (_Lists(table.column(name)) for name in ("text", "codes", "segments"))
 
     def document(self, row: int) -> TokenizedDocument:
@@ -184,13 +216,24 @@ class _Shard:
                 area = height * width
                 segments.append(ImageCodes(codes[codes_place : codes_place + area].reshape(height, width)))
                 codes_place += area
-        return TokenizedDocument(
-            tuple(segments), {"row": self._row[row].as_py(), "retrieved": int(self.retrieved[row])}
-        )
+        metadata: dict[str, Any] = {"row": self._row[row].as_py(), "retrieved": int(self.retrieved[row])}
+        if self._answers is not None and self.num_answers[row]:
+            metadata[ANSWERS] = self._answers[row].reshape(-1, 3).tolist()
+        return TokenizedDocument(tuple(segments), metadata)
 
     def segment_lengths(self, row: int) -> np.ndarray:
         heights, widths = self._segments[row].reshape(-1, 2).T
         return np.maximum(heights, 1) * widths
+
+
+def _digest(document: TokenizedDocument) -> int:
+    """A hash of the segments after the retrieved ones; shapes tell texts from images."""
+    content = hashlib.blake2b(digest_size=8)
+    for part in document.segments[document.metadata.get("retrieved", 0) :]:
+        values = part.codes_HW if isinstance(part, ImageCodes) else part.tokens
+        content.update(repr(values.shape).encode())
+        content.update(values.astype(np.int32).tobytes())
+    return int.from_bytes(content.digest(), "little")
 
 
 class _Lists:
@@ -200,6 +243,11 @@ class _Lists:
         array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
         self._starts = array.offsets.to_numpy()
         self._values = array.values.to_numpy()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        lengths: np.ndarray = np.diff(self._starts)
+        return lengths
 
     def __getitem__(self, row: int) -> np.ndarray:
         values: np.ndarray = self._values[self._starts[row] : self._starts[row + 1]]

@@ -11,11 +11,13 @@ import numpy as np
 from PIL import Image as PILImage
 
 from cm3.data import readers
+from cm3.data.instruct import InstructFile
 from cm3.errors import CM3Error, ConfigError, DataError
 from cm3.tokenizers.document import Document, Image, Text
 from cm3.tokenizers.image import load_image
+from cm3.tokenizers.instruct import Layout
 
-SourceKind = Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset"]
+SourceKind = Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset", "instruct"]
 
 _NAMED_ROWS = 20
 
@@ -28,7 +30,8 @@ class SourceConfig:
     """scenes: drawn by `cm3.data.scenes`; parquet: a file, a glob or a folder holding `<split>*.parquet`;
     hub: a name on the Hugging Face Hub or a local folder in its layout; jsonl: one object a line, image paths
     relative to the file; folder: images with a .txt of the same name each, or metadata.jsonl / metadata.csv
-    with a `file_name` column; webdataset: a tar file, a glob of them or a folder of them."""
+    with a `file_name` column; webdataset: a tar file, a glob of them or a folder of them; instruct: a file of
+    conversations and tasks, see `cm3.data.instruct`, whose rows know their own texts and images."""
     path: str = ""
     """Where the rows lie (see `kind`); not used by scenes."""
     subset: str | None = None
@@ -45,8 +48,10 @@ class SourceConfig:
     """Columns copied into `Document.metadata` under their own names."""
     limit: int | None = None
     """Use the first rows only; None is all. Scenes are endless and need it."""
+    layout: Layout = "text_first"
+    """instruct: order of a task's segments; text_first is the paper's, image_first puts the images given first."""
     seed: int = 0
-    """Draws the text column of each row, and the scenes."""
+    """Draws the text column of each row, the scenes, and the wording of each row of instruct."""
     max_bad_fraction: float = 0.01
     """Stop with an error once more than this share of all rows could not be used."""
 
@@ -57,6 +62,8 @@ class SourceConfig:
             raise ConfigError(f"kind={self.kind} needs a path; set it in the config or with --data.path")
         if not self.text_columns and self.image_column is None:
             raise ConfigError("text_columns is empty and image_column is null; name at least one column to read")
+        if self.kind == "instruct" and self.metadata_columns:
+            raise ConfigError("kind=instruct has no columns; leave metadata_columns out (rows keep their id and task)")
         if "row" in self.metadata_columns:
             raise ConfigError("metadata_columns may not name 'row', which holds the name of the row; rename it")
         if self.limit is not None and self.limit < 1:
@@ -124,7 +131,7 @@ class Source:
         return len(self._reader) if limit is None else min(limit, len(self._reader))
 
     def __getitem__(self, index: int) -> Document:
-        """The document of a row: its text, then its image (spec 1.2).
+        """The document of a row: its text, then its image (spec 1.2); of instruct, the row laid out.
 
         Raises:
             DataError: naming the row, if its text or image is missing or broken.
@@ -133,6 +140,8 @@ class Source:
             raise IndexError(f"row {index} was asked for; the source has {len(self)}")
         name = self._reader.name(index)
         try:
+            if isinstance(self._reader, InstructFile):
+                return self._reader.document(index, self.config.layout, self.config.seed)
             row = self._reader.row(index)
             segments: list[Text | Image] = []
             if self.config.text_columns:
@@ -171,7 +180,10 @@ class Source:
         for index in range(len(self)):
             self.report.read += 1
             try:
-                yield from self._texts(self._reader.row(index))
+                if isinstance(self._reader, InstructFile):
+                    yield from self._reader.texts(index, self.config.seed)
+                else:
+                    yield from self._texts(self._reader.row(index))
             except (CM3Error, OSError) as error:
                 self.report.add_bad(f"{self._reader.name(index)}: {error}")
                 self.report.check(len(self), self.config.max_bad_fraction)
@@ -237,13 +249,14 @@ def _image(row: Mapping[str, Any], column: str) -> PILImage.Image:
     return load_image(value)
 
 
-_READERS: dict[str, Callable[[SourceConfig], Reader]] = {
+_READERS: dict[str, Callable[[SourceConfig], Reader | InstructFile]] = {
     "scenes": lambda c: readers.Scenes(c.seed, c.split, c.limit or 0),
     "parquet": lambda c: readers.Table.from_parquet(c.path, c.split, _columns(c)),
     "hub": lambda c: readers.Table.from_hub(c.path, c.subset, c.split, _columns(c)),
     "jsonl": lambda c: readers.JSONLines(c.path, c.image_column),
     "folder": lambda c: readers.Folder(c.path, c.image_column),
     "webdataset": lambda c: readers.WebDataset(c.path),
+    "instruct": lambda c: InstructFile(c.path),
 }
 
 

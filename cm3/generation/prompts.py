@@ -103,7 +103,7 @@ class Prompts:
         text: Sequence[int] | None,
         *,
         negative: Sequence[int] | None = None,
-        spans: Literal["runs", "single"] = "single",
+        spans: Literal["runs", "single"] = "runs",
         seeds: Sequence[int] = (0,),
     ) -> Request:
         """The codes under a mask, from the codes around it and a caption; `filled` puts them in their place.
@@ -113,9 +113,9 @@ class Prompts:
             text: the caption; None: it is masked too, by the sentinel after those of the image, so that the
                 image's are the same in both rows of guidance.
             negative: a caption that guidance moves away from; None: the masked one.
-            spans: "runs": one sentinel for every run of masked codes in raster order, one per row of a box;
-                "single": one sentinel from the first to the last masked code, the codes between that are not
-                masked being forced. Training shows one span far more often than many.
+            spans: "runs": one sentinel for every run of masked codes in raster order, one per row of a box, as
+                `ObjectiveConfig.box_probability` trains it; "single": one sentinel from the first to the last masked
+                code, the codes between that are not masked being forced, for a model that has seen one span at most.
 
         Raises:
             RequestError: the mask is empty, or has more runs than the vocabulary has sentinels.

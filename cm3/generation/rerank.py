@@ -7,6 +7,7 @@ from jaxtyping import Integer
 
 from cm3.errors import RequestError
 from cm3.generation.engine import Engine
+from cm3.generation.prompts import Codes, Prompts
 from cm3.generation.request import Request
 from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
@@ -33,6 +34,29 @@ def own_likelihood(
     ]
     scores = iter(Engine(model, vocabulary).score(sequences))
     return [[next(scores) / len(ids) for ids in samples] for samples in new_ids]
+
+
+def caption_likelihood(
+    model: Transformer,
+    prompts: Prompts,
+    texts: Sequence[Sequence[int]],
+    images: Sequence[Codes],
+) -> list[float]:
+    """How likely the model finds each text as the caption of its image: mean log-probability (nats) per id.
+
+    The same weights read what they drew: `</s> <sentinel:0> <break> image </s> <sentinel:0>` text `<eoss>`.
+
+    Args:
+        texts: piece ids, one text for each image.
+    """
+    vocabulary = prompts.vocabulary
+    sequences = []
+    for text, codes_HW in zip(texts, images, strict=True):
+        request = prompts.infill_text([], [], codes_HW, max_new_tokens=1)
+        caption_ids = vocabulary.text_to_ids(np.asarray(text, dtype=np.int64)).tolist()
+        sequences.append((request.prompt_ids, [*caption_ids, vocabulary.eoss_id]))
+    scores = Engine(model, vocabulary).score(sequences)
+    return [score / len(ids) for score, (_, ids) in zip(scores, sequences, strict=True)]
 
 
 def choose(scores_by_ranker: Mapping[str, Sequence[float]], weights: Mapping[str, float] | None = None) -> int:

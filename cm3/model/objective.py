@@ -34,6 +34,11 @@ class ObjectiveConfig:
     """Fewest spans drawn. 0 leaves e^-span_rate of the documents plain (CM3Leon); CM3 used 1."""
     max_spans: int = 511
     """Most spans drawn; the vocabulary's sentinels are a limit too."""
+    box_probability: float = 0.0
+    """Chance that a box of an image is masked instead, one span for each of its rows of codes, as box infilling
+    asks for them."""
+    max_box_rows: int = 8
+    """Most rows of a box; its rows are drawn evenly up to this, its columns up to the image's width."""
     rotation_probability: float = 0.5
     """Chance that a document's spans are whole segments (a caption, an image) instead of stretches of any
     length. At 0 a short caption is practically never masked, and guidance and captioning are not learnt (spec
@@ -44,10 +49,11 @@ class ObjectiveConfig:
     """Weight of the tokens of retrieved documents as targets: 1 in CM3Leon, 0.1 in RA-CM3."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.rotation_probability <= 1.0:
-            raise ConfigError(
-                f"objective.rotation_probability={self.rotation_probability} is no probability; choose 0 to 1"
-            )
+        for field in ("box_probability", "rotation_probability"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ConfigError(f"objective.{field}={getattr(self, field)} is no probability; choose 0 to 1")
+        if self.max_box_rows < 1:
+            raise ConfigError(f"objective.max_box_rows={self.max_box_rows}; choose 1 or more")
         if not 0 <= self.min_spans <= self.max_spans:
             raise ConfigError(
                 f"objective.min_spans={self.min_spans} and max_spans={self.max_spans}; choose 0 <= min <= max"
@@ -62,14 +68,18 @@ class ObjectiveConfig:
         return 3
 
     def draw_num_spans(self, vocabulary: Vocabulary, rng: np.random.Generator, size: int) -> Int[np.ndarray, " size"]:
-        """Draw how many spans to mask in each of `size` documents (spec 2.1.1)."""
+        """Draw how many spans to mask in each of `size` documents (spec 2.1.1); -n stands for a box of n rows."""
         if self.name == "causal":
             return np.zeros(size, dtype=np.int64)
         if self.span_count == "poisson":
             counts = rng.poisson(self.span_rate, size)
         else:
             counts = np.full(size, 1 if self.span_count == "one" else round(self.span_rate))
-        return np.clip(counts, self.min_spans, min(self.max_spans, vocabulary.num_sentinels))
+        counts = np.clip(counts, self.min_spans, min(self.max_spans, vocabulary.num_sentinels))
+        if self.box_probability:
+            rows = rng.integers(1, min(self.max_box_rows, vocabulary.num_sentinels), size, endpoint=True)
+            counts = np.where(rng.random(size) < self.box_probability, -rows, counts)
+        return counts
 
     def mask_document(
         self,
@@ -129,8 +139,8 @@ def mask_spans(
         rng: Source of the spans; make it from (seed, epoch, document), so that the masks of each epoch
             differ.
         max_length: Where the result would be longer, spans are left out at random; a moved span is never cut.
-        num_spans: Spans to draw; None draws the number too. Fewer are masked where they would overlap or be
-            empty.
+        num_spans: Spans to draw, or -n for a box of n rows; None draws the number too. Fewer are masked where
+            they would overlap or be empty, or the document has no image for the box.
 
     Returns:
         The masked ids; three more for each span.
@@ -167,6 +177,9 @@ def draw_spans(
     if num_spans == 0:
         return np.empty((0, 2), dtype=np.int64)
     segments = _segments(boundary[ids_T])
+    if num_spans < 0:
+        spans = _draw_box(segments[vocabulary.is_image(ids_T[segments[:, 0]])], -num_spans, rng)
+        return spans if max_length is None or length + config.ids_per_span * len(spans) <= max_length else spans[:0]
     rotate = rng.random() < config.rotation_probability
     if rotate and (num_spans == 1 or num_spans < len(segments)) and len(segments):
         spans = segments[rng.choice(len(segments), num_spans, replace=False)]
@@ -213,6 +226,21 @@ def unmask(ids_T: Int[np.ndarray, " T"], vocabulary: Vocabulary) -> Int[np.ndarr
     for previous, hole, start, end in zip(np.append(-1, holes[:-1]), holes, starts, ends, strict=True):
         pieces += [ids_T[previous + 1 : hole], ids_T[start + 1 : end]]
     return np.concatenate([*pieces, ids_T[holes[-1] + 1 : starts[0]]])
+
+
+def _draw_box(images: np.ndarray, num_rows: int, rng: np.random.Generator) -> np.ndarray:
+    """The rows of a box in one of the images, each a square of codes in raster order; none if there is no image."""
+    images = images[(images[:, 1] - images[:, 0]) >= num_rows**2]
+    sides = np.sqrt(images[:, 1] - images[:, 0]).astype(np.int64)
+    squares = np.flatnonzero(sides**2 == images[:, 1] - images[:, 0])
+    if not len(squares):
+        return np.empty((0, 2), dtype=np.int64)
+    chosen = rng.choice(squares)
+    side = sides[chosen]
+    num_columns = rng.integers(1, side, endpoint=True)
+    top, left = rng.integers(0, side - num_rows, endpoint=True), rng.integers(0, side - num_columns, endpoint=True)
+    starts = images[chosen, 0] + (top + np.arange(num_rows)) * side + left
+    return np.stack([starts, starts + num_columns], axis=1)
 
 
 def _draw_stretches(length: int, segments: np.ndarray, num_spans: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""What this machine reaches and what a process takes: the rate of matrix products, and memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+
+class MatrixPeak:
+    """The best rate of matrix products seen so far: the 100% of FLOPs utilisation.
+
+    It is measured, not looked up, and measured again beside what is compared with it: on a machine that others use
+    too, a peak from a busy minute would make the steps of a quiet one look better than possible. Of all products
+    the fastest counts.
+
+    Args:
+        device: Where the products run.
+        dtype: Their number format.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        sizes = (4096, 8192) if device.type == "cuda" else (512, 1024, 2048)
+        # random numbers, because products of constants draw less power and run faster on a GPU
+        self._factors = [torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for size in sizes]
+        self.flops_per_second = 0.0
+        """FLOP/s, a multiplication and an addition being two."""
+
+    def measure(self, products: int = 3) -> None:
+        """Multiply a few times in each size."""
+        for factor_NN in self._factors:
+            for _ in range(products):
+                synchronize(self._device)
+                start = time.perf_counter()
+                torch.matmul(factor_NN, factor_NN)
+                synchronize(self._device)
+                rate = 2 * len(factor_NN) ** 3 / (time.perf_counter() - start)
+                self.flops_per_second = max(self.flops_per_second, rate)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Bytes of tensors on a GPU; on a CPU all of this process, and nan where the system is not Linux."""
+    return float(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _status_bytes("VmRSS")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that `memory_in_use` has been since this process began."""
+    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def describe(device: torch.device) -> str:
+    """The device in a few words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _status_bytes(name: str) -> float:
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return float("nan")
+    (kilobytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return 1024.0 * int(kilobytes)

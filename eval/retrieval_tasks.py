@@ -1,0 +1,239 @@
+"""What retrieved documents and contrast are worth: the studies of CM3Leon sections 5.1 and 7.1 at any scale."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cm3.data.scene_captions import StatedObject
+from cm3.data.scene_world import SceneObject
+from cm3.drawing import fit
+from cm3.errors import ConfigError
+from cm3.eval.document_tasks import PairSet, caption_of, square_of
+from cm3.eval.protocol import BOOTSTRAP, WILSON, protocol
+from cm3.eval.report import Estimate, TaskResult, ratio, share
+from cm3.eval.scene_tasks import SceneSet
+from cm3.eval.scenes import matches, read_scene
+from cm3.generation.context import ContextDocument, ContextFinder
+from cm3.model.loss import next_token_loss
+from cm3.pipeline import CM3
+from cm3.retrieval.encoder import DEMO, open_encoder
+from cm3.tokenizers.document import Document, Text, TokenizedDocument
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievedLikelihood:
+    """Bits of held-out pairs behind 0, 1, 2, ... documents that their captions retrieve; only the pairs count."""
+
+    pairs: PairSet
+    """The held-out documents."""
+    memory: str
+    """Folder of the memory, made with the model's tokenizers."""
+    documents: tuple[int, ...] = (0, 1, 2)
+    """Numbers of retrieved documents to compare."""
+    max_similarity: float = 0.9
+    """Documents more similar than this to a caption, or to one another, are left out."""
+
+    @torch.inference_mode()
+    def run(self, model: CM3) -> TaskResult:
+        start = time.monotonic()
+        documents = self.pairs.open()
+        tokenized = model.tokenizer.tokenize(documents)
+        finder = _finder(model, self.memory, self.max_similarity)
+        found = finder.find([Document((Text(caption_of(document)),)) for document in documents], max(self.documents))
+        metrics: dict[str, Estimate] = {}
+        for count in self.documents:
+            scores = [
+                _own_bits(model, items[:count], document) for items, document in zip(found, tokenized, strict=True)
+            ]
+            text_bits, text_ids, image_bits, image_codes = zip(*scores, strict=True)
+            for group, members in self.pairs.groups(documents):
+                for name, bits, units in (
+                    ("bits per image code", image_bits, image_codes),
+                    ("bits per text id", text_bits, text_ids),
+                ):
+                    metrics[f"{name}, {count} documents, {group}"] = ratio(
+                        [bits[i] for i in members], [units[i] for i in members]
+                    )
+        record = protocol(
+            model,
+            [caption_of(document) for document in documents],
+            references=self.pairs.record(documents),
+            preprocessing=square_of(model),
+            retrieve=max(self.documents),
+            memory=self.memory,
+            metrics={"bits": "-log2 p, left to right, of the pair itself; </s> and <break> count with the text"},
+            interval=BOOTSTRAP,
+            details={"max_similarity": self.max_similarity, "mean score": _mean_score(self.memory, found)},
+        )
+        return TaskResult("likelihood with retrieval", metrics, record, time.monotonic() - start)
+
+
+def _own_bits(model: CM3, context: list[ContextDocument], document: TokenizedDocument) -> tuple[float, int, float, int]:
+    """Bits and number of the text ids, bits and number of the image codes of a document behind its context."""
+    own = len(model.tokenizer.to_ids(document)) - 1  # without the first </s>
+    segments = [part for item in context for part in item.document.segments]
+    whole = TokenizedDocument((*segments, *document.segments))
+    ids_BT = torch.as_tensor(model.tokenizer.to_ids(whole), device=model.device)[None]
+    weights_BT = torch.zeros(ids_BT.shape, device=model.device)
+    weights_BT[:, -own:] = 1.0
+    images = model.tokenizer.vocabulary.image_range
+    out = next_token_loss(model.transformer, ids_BT, image_range=(images.start, images.stop), weights_BT=weights_BT)
+    return (
+        float(out.text_loss_sum) / math.log(2),
+        int(out.text_count),
+        float(out.image_loss_sum) / math.log(2),
+        int(out.image_count),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievedSceneGeneration:
+    """Draw scenes behind 0, 1, 2, ... documents that their captions retrieve, and grade the pictures."""
+
+    scenes: SceneSet = SceneSet()
+    """The captions to draw. Split `novel` needs what no training scene shows."""
+    memory: str
+    """Folder of the memory, made with the model's tokenizers."""
+    documents: tuple[int, ...] = (0, 1, 2)
+    """Numbers of retrieved documents to compare."""
+    max_similarity: float = 0.9
+    """Documents more similar than this to a caption, or to one another, are left out."""
+    guidance_scale: float = 2.0
+    """Guidance towards the caption; what it is compared with keeps the retrieved documents."""
+    temperature: float = 0.5
+    """Sampling temperature."""
+    batch_size: int = 50
+    """Pictures drawn at a time; the pictures do not depend on it."""
+
+    def run(self, model: CM3) -> TaskResult:
+        start = time.monotonic()
+        examples = list(self.scenes.open())
+        sampling = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
+        model.use_memory(self.memory, max_similarity=self.max_similarity)
+        metrics: dict[str, Estimate] = {}
+        for count in self.documents:
+            scores, found = [], []
+            for first in range(0, len(examples), self.batch_size):
+                batch = examples[first : first + self.batch_size]
+                captions = [example.caption for example in batch]
+                drawings = model.draw(captions, seed=self.scenes.seed, retrieve=count, **sampling)
+                for drawn, example in zip(drawings, batch, strict=True):
+                    scene = read_scene(drawn[0].image)
+                    scores.append(matches(scene, example.statement))
+                    found.append((_kinds(scene.objects) & _kinds(example.statement.objects)).total())
+            stated = [len(example.statement.objects) for example in examples]
+            metrics[f"stated objects found by shape and colour, {count} documents"] = ratio(found, stated)
+            metrics[f"shape, colour and count right, {count} documents"] = share(
+                score.attributes_right for score in scores
+            )
+        record = self.scenes.protocol(
+            model,
+            sampling=model.settings(**sampling),
+            retrieve=max(self.documents),
+            memory=self.memory,
+            seed=self.scenes.seed,
+            samples_per_prompt=1,
+            re_ranking="none",
+            metrics={"grader": "cm3.eval.scenes.matches on what read_scene sees"},
+            interval=f"shares of pictures: {WILSON}; of objects: {BOOTSTRAP}",
+            details={"max_similarity": self.max_similarity},
+        )
+        return TaskResult("scene generation with retrieval", metrics, record, time.monotonic() - start)
+
+
+def _kinds(objects: Iterable[SceneObject | StatedObject]) -> Counter[tuple[str, str]]:
+    return Counter((item.shape, item.color) for item in objects)
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "top-p": {"sampler": "top-p"},
+    "top-p, guidance": {"sampler": "top-p", "guidance": True},
+    "cd-k": {"sampler": "cd-k"},
+    "mixed": {"sampler": "mixed", "guidance": True},
+}
+"""The ways of decoding that `DecodingStudy` compares; mixed is guided top-p and cd-k in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingStudy:
+    """Top-p, guidance, CD-K and their mixture, keeping the best of 1, 2, 4, 8 samples by an encoder (section 5.1)."""
+
+    scenes: SceneSet = SceneSet()
+    """The captions to draw."""
+    samples: tuple[int, ...] = (1, 2, 4, 8)
+    """Candidates for each caption; the first n of the largest number are the n."""
+    temperature: float = 1.0
+    """Sampling temperature of all."""
+    top_p: float = 0.9
+    """Nucleus size of top-p."""
+    guidance_scale: float = 2.0
+    """Where there is guidance."""
+    ranker: str = DEMO
+    """The encoder that chooses, see `cm3.retrieval.encoder.open_encoder`."""
+    batch_size: int = 20
+    """Captions drawn at a time; the pictures do not depend on it."""
+
+    def run(self, model: CM3) -> TaskResult:
+        start = time.monotonic()
+        examples = list(self.scenes.open())
+        encoder = open_encoder(self.ranker, str(model.device))
+        most = max(self.samples)
+        metrics: dict[str, Estimate] = {}
+        seconds: dict[str, float] = {}
+        for arm, how in ARMS.items():
+            sampling: dict[str, Any] = {
+                "sampler": how["sampler"],
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "guidance_scale": self.guidance_scale if how.get("guidance") else 1.0,
+            }
+            right, fits, clock = [], [], time.monotonic()
+            for first in range(0, len(examples), self.batch_size):
+                batch = examples[first : first + self.batch_size]
+                captions = [example.caption for example in batch]
+                samples = model.generate(captions, num_images=most, seed=self.scenes.seed, **sampling)
+                fits += fit(encoder, captions, [picture for pictures in samples for picture in pictures])
+                right += [
+                    matches(read_scene(picture), example.statement).attributes_right
+                    for pictures, example in zip(samples, batch, strict=True)
+                    for picture in pictures
+                ]
+            seconds[arm] = (time.monotonic() - clock) / len(right)
+            right_NS, fit_NS = np.reshape(right, (-1, most)), np.reshape(fits, (-1, most))
+            for count in self.samples:
+                chosen = fit_NS[:, :count].argmax(axis=1)
+                best = right_NS[np.arange(len(chosen)), chosen]
+                metrics[f"shape, colour and count right, {arm}, best of {count}"] = share(best.tolist())
+        record = self.scenes.protocol(
+            model,
+            sampling={"temperature": self.temperature, "top_p": self.top_p, "guidance_scale": self.guidance_scale},
+            retrieve=0,
+            seed=self.scenes.seed,
+            samples_per_prompt=most,
+            re_ranking=f"best of the first n by the cosine of {self.ranker} {encoder.hash[:12]}",
+            metrics={"grader": "cm3.eval.scenes.matches on what read_scene sees"},
+            interval=WILSON,
+            details={"ways": ARMS, "seconds a picture": {arm: round(value, 4) for arm, value in seconds.items()}},
+        )
+        return TaskResult("decoding", metrics, record, time.monotonic() - start)
+
+
+def _finder(model: CM3, memory: str, max_similarity: float) -> ContextFinder:
+    return ContextFinder(
+        memory, model.tokenizer.hash, encoder=None, device=str(model.device), max_similarity=max_similarity
+    )
+
+
+def _mean_score(memory: str, found: list[list[ContextDocument]]) -> float:
+    scores = [item.score for items in found for item in items]
+    if not scores:
+        raise ConfigError(f"{memory} holds no document for any of the captions; raise max_similarity or index more")
+    return round(float(np.mean(scores)), 4)

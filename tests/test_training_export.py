@@ -1,0 +1,112 @@
+"""A checkpoint as a model folder: it loads, and its logits are those of the checkpoint."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from process_group import process_group
+from tiny_run import tiny_run
+
+from cm3.checkpoint import load_tensors
+from cm3.data.scenes import example
+from cm3.data.shards import shard_path, write_index, write_shard
+from cm3.errors import ModelFilesError
+from cm3.model.pretrained import TOKENIZER_FILES
+from cm3.model.transformer import Transformer
+from cm3.pipeline import CM3
+from cm3.tokenizers.document import DocumentTokenizer, ImageCodes, TextTokens, TokenizedDocument
+from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
+from cm3.training import train
+from cm3.training.config import DataConfig
+from cm3.training.export import export_checkpoint
+from cm3.training.sums import write_sums
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def run(model_folder, tmp_path_factory):
+    """A run of 4 steps on documents of a real tokenizer, saved at 2 and 4."""
+    root = tmp_path_factory.mktemp("export")
+    data = root / "data"
+    rng = np.random.default_rng(0)
+    documents = [
+        TokenizedDocument(
+            (
+                TextTokens(rng.integers(4, 300, 5).astype(np.int32)),
+                ImageCodes(rng.integers(0, 32, (4, 4)).astype(np.uint16)),
+            ),
+            {"row": str(number)},
+        )
+        for number in range(16)
+    ]
+    write_shard(shard_path(data, 0), documents, {})
+    tokenizer = DocumentTokenizer.load(model_folder)
+    write_index(data, 1, tokenizer.hash)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(model_folder / name, data / name)
+    config = tiny_run(
+        data, root / "run", steps=4, checkpoint_interval=2, evaluation_interval=0, export_precision="fp32"
+    )
+    model = dataclasses.replace(config.model, vocabulary_size=tokenizer.vocabulary.size, max_positions=64)
+    settings = DataConfig(train=str(data), sequence_length=64)
+    with process_group():
+        train.run(dataclasses.replace(config, model=model, data=settings))
+        yield root / "run"
+
+
+def logits(tensors, config):
+    model = Transformer(config).eval()
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    return run_model(model)
+
+
+@torch.no_grad()
+def run_model(model):
+    ids_BT = torch.arange(40).reshape(2, 20) * 7
+    return model.logits(model(ids_BT))
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_logits_are_those_of_the_average(run, tmp_path, step):
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
+    assert export_checkpoint(checkpoint, tmp_path / "model") == checkpoint
+    model = CM3.from_pretrained(tmp_path / "model")
+    expected = logits(load_tensors(checkpoint / "average.safetensors"), model.transformer.config)
+    assert torch.equal(run_model(model.transformer), expected)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| Steps | {step} of 4 rows" in card and "not known: exported from a checkpoint" in card
+
+
+def test_the_newest_of_a_run_is_what_the_run_itself_wrote(run, tmp_path):
+    for source in (run, run / "checkpoints"):
+        assert export_checkpoint(source, tmp_path / "model").name == "step_00000004"
+        ours, theirs = (load_tensors(folder / "model.safetensors") for folder in (tmp_path / "model", run / "model"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_without_an_average_the_weights_are_taken(run, tmp_path):
+    checkpoint = shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "step_00000004")
+    (checkpoint / "average.safetensors").unlink()
+    write_sums(checkpoint)
+    export_checkpoint(checkpoint, tmp_path / "model", tokenizers=run / "model")
+    model = CM3.from_pretrained(tmp_path / "model")
+    expected = logits(load_tensors(checkpoint / "weights.safetensors"), model.transformer.config)
+    assert torch.equal(run_model(model.transformer), expected)
+
+
+def test_what_cannot_be_exported_is_named(run, tmp_path):
+    checkpoint = shutil.copytree(run / "checkpoints" / "step_00000004", tmp_path / "step_00000004")
+    other = shutil.copytree(run / "model", tmp_path / "other")
+    captions = [example(1, "train", index).caption for index in range(200)]
+    TextTokenizer.train(captions, TextTokenizerConfig(vocabulary_size=320)).save(other / "tokenizer.model")
+    with pytest.raises(ModelFilesError, match="was trained with the tokenizers .* name the folder that has the run's"):
+        export_checkpoint(checkpoint, tmp_path / "model", tokenizers=other)
+    with pytest.raises(ModelFilesError, match="is no checkpoint and no folder of a run"):
+        export_checkpoint(tmp_path / "nothing", tmp_path / "model")
+    (checkpoint / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(ModelFilesError, match="cannot be used: weights.safetensors is not what was written"):
+        export_checkpoint(checkpoint, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
