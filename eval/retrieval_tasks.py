@@ -116,7 +116,7 @@ class RetrievedSceneGeneration:
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
         examples = list(self.scenes.open())
-        sampling = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
+        sampling: dict[str, Any] = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
         model.use_memory(self.memory, max_similarity=self.max_similarity)
         metrics: dict[str, Estimate] = {}
         for count in self.documents:

@@ -29,6 +29,5 @@ if __name__ == "__main__":
     runs = {Path(path).stem: load_config(ModelRun, path) for path in sys.argv[1:]}
     for config in runs.values():
         train.run(config)
-    for stage in (0, 2, 3):
-        go_on(runs["stage 1"], stage)
-    go_on(runs["stage 3"], 1)
+    go_on(runs["stage 1"], 3)
+    go_on(runs["stage 3"], 0)

@@ -28,7 +28,7 @@ pytest.importorskip("deepspeed")
 
 VARIANTS = {
     **{f"stage {stage}": {"zero_stage": stage} for stage in range(4)},
-    **{f"stage {stage}, offloaded": {"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)},
+    **{f"stage {stage}, offloaded": {"zero_stage": stage, "offload_optimizer": True} for stage in (1, 3)},
     "checkpointing": {"activation_checkpointing": True},
 }
 
@@ -144,14 +144,14 @@ def test_two_processes_train_as_plain_pytorch(trained, reference, name):
 
 
 def test_a_checkpoint_of_one_stage_is_resumed_at_another(trained, reference):
-    """`parallel_runs.py` goes on at stages 0, 2 and 3 from step 2 of stage 1, and at stage 1 from one of stage 3."""
-    for name in ("1 to 0", "1 to 2", "1 to 3", "3 to 1"):
+    """`parallel_runs.py` goes on at stage 3 from step 2 of stage 1, and at stage 0 from that of stage 3."""
+    for name in ("1 to 3", "3 to 0"):
         assert list(losses(trained / name)) == [3, 4]
         expected = {step: loss for step, loss in reference[0]["loss"].items() if step > 2}
         assert losses(trained / name) == pytest.approx(expected, rel=2e-5)
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [0, 3])
 def test_both_processes_skip_what_is_bad_in_one(trained, stage):
     lines = [json.loads(line) for line in (trained / f"bad {stage}" / "skipped.jsonl").read_text().splitlines()]
     assert 2 in [line["step"] for line in lines] and len(lines) < 4
