@@ -59,7 +59,7 @@ setup(
         "pyyaml>=6",
         "tensorboard>=2.18",
         "tqdm>=4.66",
-        'deepspeed>=0.18; sys_platform == "linux"',
+        'deepspeed>=0.19.8; sys_platform == "linux"',
     ],
     extras_require={
         "flash": ["flash-attn>=2.7"],

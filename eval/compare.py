@@ -39,13 +39,17 @@ def compare(groups: Mapping[str, Sequence[str | Path]]) -> str:
     columns = {name: _column(name, folders) for name, folders in groups.items()}
     metrics = list(dict.fromkeys(metric for column in columns.values() for metric in column))
     lines = [
-        f"| task | metric | {' | '.join(f'{name} ({len(groups[name])} runs)' for name in columns)} |",
+        f"| task | metric | {' | '.join(_heading(name, len(groups[name])) for name in columns)} |",
         "|---" * (2 + len(columns)) + "|",
     ]
     for task, metric in metrics:
         cells = [_cell(column.get((task, metric))) for column in columns.values()]
         lines.append(f"| {task} | {metric} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _heading(name: str, count: int) -> str:
+    return f"{name} ({count} run{'s' if count > 1 else ''})"
 
 
 def _column(name: str, folders: Sequence[str | Path]) -> dict[tuple[str, str], Estimate]:

@@ -30,7 +30,7 @@ def test_groups_stand_side_by_side(tmp_path, capsys):
     other = str(write(tmp_path / "other", 9.0, "other metric"))
     assert main(["compare", "--group", "seeds", *folders, "--group", "else", other]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| task | metric | seeds (3 runs) | else (1 runs) |"
+    assert lines[0] == "| task | metric | seeds (3 runs) | else (1 run) |"
     assert lines[2].startswith("| task | loss | 2 (") and lines[2].endswith("|  |")
     assert lines[3] == "| task | other metric |  | 9 |"
 

@@ -100,7 +100,7 @@ def trained(tmp_path_factory):
     bad = ObjectiveConfig(retrieved_loss_weight=math.inf)
     runs = {name: plain(data, root / name, **changes) for name, changes in VARIANTS.items()}
     runs |= {
-        f"bad {stage}": plain(bad_data, root / f"bad {stage}", objective=bad, zero_stage=stage) for stage in range(4)
+        f"bad {stage}": plain(bad_data, root / f"bad {stage}", objective=bad, zero_stage=stage) for stage in (0, 3)
     }
     paths = []
     for name, config in runs.items():
