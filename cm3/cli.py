@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cm3 import __version__, cli_bench, cli_compare, cli_index, cli_instruct
-from cm3.cli_options import add_model, add_retrieval, add_sampling, box, load_model, sampling
+from cm3 import __version__, cli_bench, cli_compare, cli_index, cli_instruct, cli_requests
 from cm3.errors import CM3Error
 
 
@@ -22,101 +20,6 @@ class Verb:
     run: Callable[[argparse.Namespace], int | None]
     """Returns the exit code where it is not always 0."""
     example: str
-
-
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="+", help="what to draw; several prompts are drawn in one batch")
-    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
-    parser.add_argument("--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go")
-    add_sampling(parser, guidance=True)
-    add_retrieval(parser).add_argument(
-        "--unconditional-context",
-        choices=("keep", "drop"),
-        default="keep",
-        help="whether what guidance compares with keeps the retrieved documents (default: keep)",
-    )
-    group = parser.add_argument_group("re-ranking")
-    group.add_argument("--best-of", type=int, default=1, metavar="N", help="candidates a picture (default: 1)")
-    group.add_argument(
-        "--rank",
-        metavar="HOW",
-        help="keep the best by likelihood (the model's own), caption (the prompt's, given the picture), clip, or both",
-    )
-    group.add_argument("--ranker", default="demo", metavar="NAME", help="the encoder of clip (default: demo)")
-    add_model(parser)
-
-
-def _generate(args: argparse.Namespace) -> None:
-    from cm3.drawing import ranking_summary
-    from cm3.gallery import save_gallery
-
-    model = load_model(args)
-    names = ("seed", "negative", "retrieve", "unconditional_context", "best_of", "rank", "ranker")
-    request = {name: getattr(args, name) for name in names}
-    samples = model.draw(args.prompt, num_images=args.num_images, **request, **sampling(args))
-    drawings = [drawing for drawings in samples for drawing in drawings]
-    summary = ranking_summary(drawings)
-    settings = {"model": args.model, **request, "memory": args.memory, **model.settings(**sampling(args))}
-    pictures = [(drawing.image, drawing.record()) for drawing in drawings]
-    for path in save_gallery(args.out, pictures, {**settings, "ranking": summary}):
-        print(path)
-    for name, means in summary.items():
-        print(f"mean {name}: {means['first']:.3f} without re-ranking, {means['chosen']:.3f} with")
-
-
-def _caption_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", nargs="+", help="picture files")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    add_sampling(parser, guidance=False)
-    add_retrieval(parser)
-    add_model(parser)
-
-
-def _caption(args: argparse.Namespace) -> None:
-    model = load_model(args)
-    captions = model.caption(args.image, seed=args.seed, retrieve=args.retrieve, **sampling(args))
-    for path, caption in zip(args.image, captions, strict=True):
-        if args.json:
-            print(json.dumps({"path": path, "caption": caption}))
-        else:
-            print(f"{path}\t{' '.join(caption.splitlines())}")
-
-
-def _infill_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", help="picture file")
-    parser.add_argument(
-        "--box",
-        type=box,
-        required=True,
-        metavar="L,T,R,B",
-        help="the part to draw anew, in pixels of the picture",
-    )
-    parser.add_argument("--prompt", default="", help="what the finished picture shows (default: left open)")
-    parser.add_argument("--out", default="filled.png", metavar="FILE", help="(default: filled.png)")
-    add_sampling(parser, guidance=True)
-    add_model(parser)
-
-
-def _infill(args: argparse.Namespace) -> None:
-    from cm3.gallery import save_image
-
-    options = {"prompt": args.prompt, "negative": args.negative, "seed": args.seed, **sampling(args)}
-    print(save_image(args.out, load_model(args).infill(args.image, box=args.box, **options)))
-
-
-def _complete_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", help="the beginning; the model writes on, with pictures if it draws them")
-    parser.add_argument("--out", default="completed", metavar="FOLDER", help="where pictures go (default: completed)")
-    add_sampling(parser, guidance=False)
-    add_model(parser)
-
-
-def _complete(args: argparse.Namespace) -> None:
-    from cm3.gallery import save_document
-
-    document = load_model(args).complete(args.text, seed=args.seed, **sampling(args))
-    for line in save_document(args.out, document):
-        print(line)
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,21 +71,38 @@ def _eval(args: argparse.Namespace) -> None:
 VERBS: dict[str, Verb] = {
     "generate": Verb(
         "pictures from words",
-        _generate_arguments,
-        _generate,
+        cli_requests.add_generate_arguments,
+        cli_requests.generate,
         'cm3 generate "a large red circle left of a small blue square" --num-images 4 --seed 0 --out out/',
     ),
-    "caption": Verb("words from pictures", _caption_arguments, _caption, "cm3 caption out/000.png out/001.png"),
+    "caption": Verb(
+        "words from pictures",
+        cli_requests.add_caption_arguments,
+        cli_requests.caption,
+        "cm3 caption out/000.png out/001.png",
+    ),
+    "answer": Verb(
+        "the answer to a question about a picture",
+        cli_requests.add_answer_arguments,
+        cli_requests.answer,
+        'cm3 answer photo.png "How many circles are there?"',
+    ),
+    "edit": Verb(
+        "change a picture as an instruction says",
+        cli_requests.add_edit_arguments,
+        cli_requests.edit,
+        'cm3 edit photo.png "make the circle red" --out edited.png',
+    ),
     "infill": Verb(
         "draw a part of a picture anew",
-        _infill_arguments,
-        _infill,
+        cli_requests.add_infill_arguments,
+        cli_requests.infill,
         'cm3 infill photo.png --box 16,16,48,48 --prompt "a green star" --out filled.png',
     ),
     "complete": Verb(
         "continue a text, with pictures where the model draws them",
-        _complete_arguments,
-        _complete,
+        cli_requests.add_complete_arguments,
+        cli_requests.complete,
         'cm3 complete "a large red"',
     ),
     "train": Verb(

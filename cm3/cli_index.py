@@ -58,7 +58,22 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--text-columns", nargs="*", default=["text"], metavar="NAME", help="none: pictures alone (default: text)"
     )
     parser.add_argument("--image-column", default="image", metavar="NAME", help="'': texts alone (default: image)")
+    parser.add_argument(
+        "--where",
+        type=_condition,
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE,...",
+        help="parquet, hub: only rows with one of these values; may be given again for another column",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N rows only")
+
+
+def _condition(text: str) -> tuple[str, list[str]]:
+    column, equals, values = text.partition("=")
+    if not column or not equals or not values:
+        raise argparse.ArgumentTypeError(f"{text!r} is no condition; write COLUMN=VALUE or COLUMN=VALUE,VALUE")
+    return column, values.split(",")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -141,6 +156,7 @@ def _source(args: argparse.Namespace) -> Any:
             split=args.split,
             text_columns=tuple(args.text_columns),
             image_column=args.image_column or None,
+            where=dict(args.where),
             limit=args.limit,
         )
     )

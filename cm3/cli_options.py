@@ -37,8 +37,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> None:
-    """Add how ids are drawn.
+def add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> argparse._ArgumentGroup:
+    """Add how ids are drawn; returns the group.
 
     Args:
         guidance: Whether there is a prompt to compare with.
@@ -57,7 +57,6 @@ def add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> None:
         )
         group.add_argument("--contrast-alpha", type=float, metavar="A", help="cd-k: least plausibility, up to 1")
         group.add_argument("--contrast-k", type=int, metavar="K", help="cd-k: rank that plausibility is relative to")
-        group.add_argument("--negative", default="", metavar="TEXT", help="what guidance moves away from")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token every time")
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0 is off")
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set of probability P; 1 is off")
@@ -67,11 +66,18 @@ def add_sampling(parser: argparse.ArgumentParser, *, guidance: bool) -> None:
         default=0,
         help="the same seed gives the same result, alone or in any batch (default: 0)",
     )
+    return group
+
+
+def add_negative(group: argparse._ArgumentGroup) -> None:
+    """Add what stands in the place of a prompt that guidance compares with."""
+    group.add_argument("--negative", default="", metavar="TEXT", help="what guidance moves away from")
 
 
 _SAMPLING = (
     "sampler",
     "guidance_scale",
+    "image_guidance_scale",
     "guidance_interval",
     "contrast_alpha",
     "contrast_k",

@@ -1,9 +1,10 @@
-"""A drawn picture with all that is known about how it came about: seed, retrieved documents, scores of its rivals."""
+"""Drawing: pictures of prompts, with how each came about: its seed, retrieved documents, scores of its rivals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,8 +12,12 @@ from PIL import Image as PILImage
 
 from cm3.errors import RequestError
 from cm3.generation.context import ContextDocument
-from cm3.generation.settings import SamplingSettings
-from cm3.retrieval.encoder import Encoder
+from cm3.generation.request import Request
+from cm3.generation.rerank import caption_likelihood, choose, own_likelihood
+from cm3.generation.settings import check_negative
+from cm3.generation.trained import TrainedModel
+from cm3.retrieval.encoder import Encoder, open_encoder
+from cm3.tokenizers.document import Document, Text
 
 RankerName = Literal["likelihood", "caption", "clip", "both"]
 RANKERS: dict[str, tuple[str, ...]] = {
@@ -51,6 +56,78 @@ class Drawing:
         return entry
 
 
+def draw(
+    model: TrainedModel,
+    prompts: Sequence[str],
+    *,
+    num_images: int,
+    seed: int,
+    negative: str,
+    retrieve: int,
+    unconditional_context: Literal["keep", "drop"],
+    best_of: int,
+    rank: RankerName | None,
+    ranker: str | Path,
+    sampling: Mapping[str, Any],
+) -> list[list[Drawing]]:
+    """For each prompt its drawings; arguments as in `CM3.draw`."""
+    if num_images < 1:
+        raise RequestError(f"num_images={num_images}; ask for at least 1")
+    if unconditional_context not in ("keep", "drop"):
+        raise RequestError(f"unconditional_context={unconditional_context!r} is unknown; choose keep or drop")
+    for text in prompts:
+        if not text.strip():
+            raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
+    rankers, settings = check_ranking(best_of, rank), model.sampling(sampling)
+    check_negative(negative, settings)
+    if not prompts:
+        return []
+    found = model.retrieved([Document((Text(text),)) for text in prompts], retrieve)
+    requests = [
+        model.prompts.text_to_image(
+            model.tokenizer.text.encode(text),
+            negative=model.pieces(negative),
+            context=[item.document for item in items],
+            unconditional_context=unconditional_context,
+            seeds=tuple(range(seed, seed + num_images * best_of)),
+        )
+        for text, items in zip(prompts, found, strict=True)
+    ]
+    outputs = model.engine.run(requests, settings)
+    codes_NP = np.stack([model.prompts.image_codes(ids).ravel() for samples in outputs for ids in samples])
+    pictures = model.tokenizer.image.decode(codes_NP)
+    scores = {name: _scores(name, model, prompts, requests, outputs, pictures, ranker) for name in rankers}
+    drawings = []
+    for start in range(0, len(pictures), best_of):
+        number, first_seed = start // (num_images * best_of), seed + start % (num_images * best_of)
+        rivals = {name: tuple(values[start : start + best_of]) for name, values in scores.items()}
+        best = choose(rivals) if rivals else 0
+        drawings.append(
+            Drawing(pictures[start + best], prompts[number], first_seed + best, tuple(found[number]), rivals, best)
+        )
+    return [drawings[start : start + num_images] for start in range(0, len(drawings), num_images)]
+
+
+def _scores(
+    name: str,
+    model: TrainedModel,
+    prompts: Sequence[str],
+    requests: Sequence[Request],
+    outputs: Sequence[Sequence[np.ndarray]],
+    pictures: Sequence[PILImage.Image],
+    ranker: str | Path,
+) -> list[float]:
+    """What a ranker says of each picture, all candidates of the first prompt first."""
+    if name == "clip":
+        return fit(open_encoder(ranker, str(model.device)), prompts, pictures)
+    if name == "likelihood":
+        likelihoods = own_likelihood(model.transformer, model.tokenizer.vocabulary, requests, outputs)
+        return [score for samples in likelihoods for score in samples]
+    texts = [model.tokenizer.text.encode(text) for text, samples in zip(prompts, outputs, strict=True) for _ in samples]
+    grids = [model.prompts.image_codes(ids) for samples in outputs for ids in samples]
+    return caption_likelihood(model.transformer, model.prompts, texts, grids)
+
+
 def ranking_summary(drawings: Sequence[Drawing]) -> dict[str, dict[str, float]]:
     """By ranker the mean score of the first candidates ("first": no ranking) and of the chosen ones ("chosen")."""
     return {
@@ -75,14 +152,6 @@ def check_ranking(best_of: int, rank: str | None) -> tuple[str, ...]:
     if best_of == 1:
         raise RequestError(f"rank={rank!r} has one candidate a picture to choose from; set best_of to 2 or more")
     return RANKERS[rank]
-
-
-def check_negative(negative: str, settings: SamplingSettings) -> None:
-    """Refuse a negative prompt that nothing would be compared with."""
-    if negative.strip() and settings.guidance_scale == 1 and settings.sampler not in ("cd-k", "mixed"):
-        raise RequestError(
-            f"negative={negative!r} has no effect at guidance_scale=1; raise guidance_scale, or choose sampler='cd-k'"
-        )
 
 
 def fit(encoder: Encoder, prompts: Sequence[str], pictures: Sequence[PILImage.Image]) -> list[float]:

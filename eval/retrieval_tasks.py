@@ -27,6 +27,8 @@ from cm3.pipeline import CM3
 from cm3.retrieval.encoder import DEMO, open_encoder
 from cm3.tokenizers.document import Document, Text, TokenizedDocument
 
+_GRADER = "cm3.eval.scenes.matches on what read_scene sees"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievedLikelihood:
@@ -46,7 +48,13 @@ class RetrievedLikelihood:
         start = time.monotonic()
         documents = self.pairs.open()
         tokenized = model.tokenizer.tokenize(documents)
-        finder = _finder(model, self.memory, self.max_similarity)
+        finder = ContextFinder(
+            self.memory,
+            model.tokenizer.hash,
+            encoder=None,
+            device=str(model.device),
+            max_similarity=self.max_similarity,
+        )
         found = finder.find([Document((Text(caption_of(document)),)) for document in documents], max(self.documents))
         metrics: dict[str, Estimate] = {}
         for count in self.documents:
@@ -142,7 +150,7 @@ class RetrievedSceneGeneration:
             seed=self.scenes.seed,
             samples_per_prompt=1,
             re_ranking="none",
-            metrics={"grader": "cm3.eval.scenes.matches on what read_scene sees"},
+            metrics={"grader": _GRADER},
             interval=f"shares of pictures: {WILSON}; of objects: {BOOTSTRAP}",
             details={"max_similarity": self.max_similarity},
         )
@@ -219,17 +227,11 @@ class DecodingStudy:
             seed=self.scenes.seed,
             samples_per_prompt=most,
             re_ranking=f"best of the first n by the cosine of {self.ranker} {encoder.hash[:12]}",
-            metrics={"grader": "cm3.eval.scenes.matches on what read_scene sees"},
+            metrics={"grader": _GRADER},
             interval=WILSON,
             details={"ways": ARMS, "seconds a picture": {arm: round(value, 4) for arm, value in seconds.items()}},
         )
         return TaskResult("decoding", metrics, record, time.monotonic() - start)
-
-
-def _finder(model: CM3, memory: str, max_similarity: float) -> ContextFinder:
-    return ContextFinder(
-        memory, model.tokenizer.hash, encoder=None, device=str(model.device), max_similarity=max_similarity
-    )
 
 
 def _mean_score(memory: str, found: list[list[ContextDocument]]) -> float:

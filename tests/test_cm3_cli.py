@@ -57,6 +57,32 @@ def test_generate_then_caption_then_infill(model_folder, tmp_path, capsys):
     code, printed, _ = run(capsys, *words, "--model", model_folder)
     assert (code, printed.strip()) == (0, str(filled))
     assert Image.open(filled).size == (16, 16)
+    settings = json.loads((tmp_path / "filled.settings.json").read_text())
+    given = {"image": str(out / "000.png"), "box": [4, 4, 12, 12], "prompt": "a green star", "guidance_scale": 2.0}
+    assert {name: settings[name] for name in given} == given
+
+
+def test_answer_prints_words_and_edit_writes_a_picture(model_folder, tmp_path, capsys):
+    photo, edited = tmp_path / "photo.png", tmp_path / "edited.png"
+    Image.effect_noise((30, 20), 90).save(photo)
+    words = ("answer", photo, "How many stars?", "--model", model_folder)
+    code, printed, _ = run(capsys, *words)
+    assert code == 0 and printed.count("\n") == 1
+    code, as_json, _ = run(capsys, *words, "--json")
+    reply = json.loads(as_json)
+    assert (code, reply["path"], reply["question"]) == (0, str(photo), "How many stars?")
+    assert " ".join(reply["answer"].splitlines()) == printed.strip("\n")
+
+    words = ("edit", photo, "make it red", "--guidance-scale", 3, "--seed", 5, "--out", edited, "--model", model_folder)
+    code, printed, _ = run(capsys, *words, "--image-guidance-scale", 1.5)
+    assert (code, printed.strip()) == (0, str(edited))
+    settings = json.loads((tmp_path / "edited.settings.json").read_text())
+    given = {"image": str(photo), "instruction": "make it red", "seed": 5, "top_p": 0.95}
+    given |= {"guidance_scale": 3.0, "image_guidance_scale": 1.5, "model": str(model_folder)}
+    assert {name: settings[name] for name in given} == given
+    both, size = Image.open(edited).tobytes(), Image.open(edited).size
+    assert size == (16, 16)
+    assert run(capsys, *words)[0] == 0 and Image.open(edited).tobytes() != both
 
 
 def test_generate_says_how_it_ranked_and_sampled(model_folder, tmp_path, capsys):
@@ -96,6 +122,12 @@ def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
         (["caption", __file__], "no picture format"),
         (["infill", "{picture}", "--box", "0,0,99,99"], "central square"),
         (["infill", "{picture}", "--box", "4,4,8,8", "--out", "filled.jpg"], ".png"),
+        (["answer", "missing.png", "How many?"], "missing.png"),
+        (["answer", "{picture}", " "], "the question of row 0 is empty"),
+        (["answer", "{picture}", "How many? " * 100], "positions"),
+        (["edit", "{picture}", ""], "the instruction of row 0 is empty"),
+        (["edit", "{picture}", "make it red", "--image-guidance-scale", "-1"], "image_guidance_scale=-1"),
+        (["edit", "{picture}", "make it red", "--out", "edited.jpg"], ".png"),
         (["train", "missing.yaml"], "missing.yaml"),
     ],
 )
@@ -118,6 +150,8 @@ def test_an_unknown_model_is_refused(capsys):
     [
         (["infill", "photo.png", "--box", "1,2,3"], "LEFT,TOP,RIGHT,BOTTOM"),
         (["generate", "a star", "--guidance-interval", "0.5"], "START,STOP"),
+        (["answer", "photo.png"], "question"),
+        (["edit", "photo.png", "make it red", "--image-guidance-scale", "much"], "--image-guidance-scale"),
     ],
 )
 def test_a_box_or_an_interval_that_is_none_is_refused(capsys, words, message):

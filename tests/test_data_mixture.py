@@ -64,7 +64,7 @@ class Stored:
 
     def __init__(self, size: int) -> None:
         self.lengths = np.arange(5, 5 + size, dtype=np.int32)
-        self.num_answers = np.zeros(size, dtype=np.int32)
+        self.num_moved_answers = np.full(size, -1)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -17,7 +17,7 @@ from cm3.data.packing import (
     generator,
 )
 from cm3.data.scenes import example
-from cm3.model.objective import ObjectiveConfig
+from cm3.model.objective import Mask, ObjectiveConfig
 from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3.tokenizers.vocabulary import Vocabulary
 
@@ -26,12 +26,12 @@ def order(count: int, seed: int = 0):
     return lambda epoch: epoch_order(np.arange(count), seed, epoch)
 
 
-def no_spans(rng: np.random.Generator, size: int) -> np.ndarray:
-    return np.zeros(size, dtype=np.int64)
+def no_spans(rng: np.random.Generator, documents: np.ndarray) -> list[Mask]:
+    return [Mask("spans", 0)] * len(documents)
 
 
-def poisson(rng: np.random.Generator, size: int) -> np.ndarray:
-    return rng.poisson(1.0, size)
+def poisson(rng: np.random.Generator, documents: np.ndarray) -> list[Mask]:
+    return [Mask("spans", count) for count in rng.poisson(1.0, len(documents)).tolist()]
 
 
 @given(st.lists(st.integers(1, 20), max_size=40))
@@ -78,13 +78,13 @@ def test_packed_scenes_leave_less_than_three_percent_of_the_rows_empty(scene_len
     plan = DocumentPlan(
         scene_lengths,
         order(len(scene_lengths)),
-        lambda rng, size: objective.draw_num_spans(Vocabulary.build(512, 1024, 64), rng, size),
+        lambda rng, documents: objective.draw_masks(Vocabulary.build(512, 1024, 64), rng, np.full(len(documents), -1)),
         ids_per_span=objective.ids_per_span,
         sequence_length=sequence_length,
         seed=0,
     )
     rows = [row for window in range(2) for row in plan.rows(0, window)]
-    filled = sum(piece.stop + 3 * abs(piece.num_spans) for row in rows for piece in row.pieces)
+    filled = sum(piece.stop + 3 * piece.mask.num_spans for row in rows for piece in row.pieces)
     padding = 1 - filled / (sequence_length * len(rows))
     print(f"scenes, rows of {sequence_length}: {100 * padding:.2f}% padding")
     assert 0 <= padding < 0.03
@@ -98,9 +98,9 @@ def test_a_document_plan_packs_each_document_of_an_epoch_once():
     assert plan.rows(0, 3) == []
     assert sorted(piece.document for piece in pieces) == list(range(len(lengths)))
     assert all((piece.start, piece.stop) == (0, lengths[piece.document]) for piece in pieces)
-    assert max(sum(p.stop + 3 * p.num_spans for p in row.pieces) for row in rows) <= 64
-    assert np.mean([piece.num_spans > 0 for piece in pieces]) == pytest.approx(0.63, abs=0.05)
-    fill = sum(p.stop + 3 * p.num_spans for p in pieces) / (64 * len(rows))
+    assert max(sum(p.stop + 3 * p.mask.num_spans for p in row.pieces) for row in rows) <= 64
+    assert np.mean([piece.mask.num_spans > 0 for piece in pieces]) == pytest.approx(0.63, abs=0.05)
+    fill = sum(p.stop + 3 * p.mask.num_spans for p in pieces) / (64 * len(rows))
     assert fill > 0.97
 
 
@@ -115,12 +115,12 @@ def test_a_document_as_long_as_a_row_is_left_unmasked():
     plan = DocumentPlan(
         np.array([64]),
         order(1),
-        lambda rng, size: np.full(size, 2),
+        lambda rng, documents: [Mask("spans", 2) for _ in documents],
         ids_per_span=3,
         sequence_length=64,
         seed=0,
     )
-    assert plan.rows(0, 0)[0].pieces[0].num_spans == 0
+    assert plan.rows(0, 0)[0].pieces[0].mask.num_spans == 0
 
 
 @pytest.mark.parametrize(("keep_rest", "num_rows"), [(False, 6), (True, 7)])

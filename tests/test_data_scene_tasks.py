@@ -14,11 +14,14 @@ from cm3.data.scene_phrases import kinds_of
 from cm3.data.scene_questions import SceneQuestion
 from cm3.data.scene_tasks import DEFAULT_MIX, TASKS, SceneTasks, write_jsonl
 from cm3.data.scenes import SceneDataset, split_of
-from cm3.errors import DataError
-from cm3.tokenizers.document import Image, Text
-from cm3.tokenizers.instruct import lay_out
+from cm3.data.sources import SourceConfig, open_source
+from cm3.errors import ConfigError, DataError
+from cm3.pretrained import resolve_model
+from cm3.tokenizers.document import DocumentTokenizer, Image, Text
+from cm3.tokenizers.image import box_mask
+from cm3.tokenizers.instruct import lay_out, tokenize_examples
 
-EVEN = dict.fromkeys(TASKS, 1.0)
+EVEN = dict.fromkeys(DEFAULT_MIX, 1.0)
 
 
 def collections_of(example):
@@ -54,8 +57,8 @@ def test_splits_share_no_collection_of_objects(examples):
 
 
 def test_every_task_occurs_by_its_weight(examples):
-    assert {example.task for example in examples["train"]} == set(TASKS) - {"writing"} | {"generate"}
-    assert set(DEFAULT_MIX) == set(TASKS) and sum(DEFAULT_MIX.values()) == pytest.approx(1)
+    assert {example.task for example in examples["train"]} == set(DEFAULT_MIX) - {"writing"} | {"generate"}
+    assert set(DEFAULT_MIX) == set(TASKS) - {"infill"} and sum(DEFAULT_MIX.values()) == pytest.approx(1)
     drawn = Counter(example.task for example in SceneTasks("train", 300, seed=2, mix={"vqa": 3, "segment": 1}))
     assert set(drawn) == {"vqa", "segment"} and abs(drawn["vqa"] / 300 - 0.75) < 0.1
 
@@ -131,3 +134,39 @@ def test_a_full_folder_is_left_alone(tmp_path):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(DataError, match=message):
         SceneTasks(**{"split": "train", "size": 3, **settings})
+
+
+def test_infilling_asks_for_the_codes_of_a_box_around_the_object_it_names():
+    tokenizer = DocumentTokenizer.load(resolve_model("demo"))
+    for index in range(20):
+        source = SceneTasks("train", 20, seed=4, mix={"infill": 1.0})
+        example, laid_out = source[index], source.document(index)
+        named = [item for item in example.truth.objects if f"a {item.size} {item.color} {item.shape}" in example.texts]
+        left, top, right, bottom = example.box
+        assert 0 <= left < right <= 64 and 0 <= top < bottom <= 64
+        assert any(left <= item.x < right and top <= item.y < bottom for item in named)
+        (tokenized,) = tokenize_examples(tokenizer, [laid_out])
+        height, width = tokenized.segments[1].codes_HW.shape
+        asked_HW = np.zeros((height, width), dtype=bool)
+        for segment, first, stop in tokenized.metadata["answers"]:
+            assert segment == 1
+            asked_HW.ravel()[first:stop] = True
+        np.testing.assert_array_equal(asked_HW, box_mask(example.box, (64, 64), (height, width)))
+    with pytest.raises(DataError, match="example 0 asks for a box of a picture; leave infill out of the mix"):
+        write_jsonl(SceneTasks("train", 1, mix={"infill": 1.0}), "somewhere")
+
+
+def test_scene_tasks_are_a_kind_of_source():
+    config = SourceConfig(kind="scene_tasks", split="test", limit=6, seed=2, tasks={"vqa": 1.0})
+    source = open_source(config)
+    documents = list(source)
+    assert len(documents) == 6 and documents[5].metadata["row"] == "scene_tasks:test:5"
+    assert all(document.metadata["task"] == "vqa" for document in documents)
+    assert list(source.texts()) == [document.segments[0].text for document in documents]
+    assert len({text.split(":")[1].split()[-1] for text in source.texts()}) > 1  # in several wordings
+    with pytest.raises(ConfigError, match="kind=scene_tasks has no end; set limit"):
+        SourceConfig(kind="scene_tasks")
+    with pytest.raises(ConfigError, match="tasks are for kind=scene_tasks, found kind=scenes; leave them out"):
+        SourceConfig(kind="scenes", limit=1, tasks={"vqa": 1.0})
+    with pytest.raises(DataError, match="task 'chess' of the scenes does not exist"):
+        open_source(SourceConfig(kind="scene_tasks", limit=1, tasks={"chess": 1.0}))

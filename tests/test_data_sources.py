@@ -308,3 +308,24 @@ def test_a_missing_column_an_empty_folder_and_a_compressed_tar(tmp_path):
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         SourceConfig(**settings)
+
+
+def test_rows_are_chosen_by_the_values_of_their_columns(tmp_path):
+    import pandas as pd
+
+    pixels = io.BytesIO()
+    PILImage.new("RGB", (4, 4)).save(pixels, "PNG")
+    table = {"text": list("abcdef"), "style": ["x", "y", "z"] * 2, "size": [1, 1, 1, 2, 2, 2]}
+    pd.DataFrame({**table, "image": [{"bytes": pixels.getvalue(), "path": "p.png"}] * 6}).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    arguments = {"kind": "parquet", "path": str(tmp_path)}
+    source = open_source(SourceConfig(**arguments, where={"style": ["z", "y"], "size": ["2"]}))
+    found = [(document.segments[0].text, document.metadata["row"]) for document in source]
+    assert found == [("e", f"{tmp_path}/train:4"), ("f", f"{tmp_path}/train:5")]  # numbers of the file
+    with pytest.raises(DataError, match="no rows for kind=parquet, where={'style': \\['w'\\]}; check path and split"):
+        open_source(SourceConfig(**arguments, where={"style": ["w"]}))
+    with pytest.raises(DataError, match="has no column 'color'; choose among text, style, size, image"):
+        open_source(SourceConfig(**arguments, where={"color": ["w"]}))
+    with pytest.raises(ConfigError, match="where chooses rows of parquet and hub, found kind=scenes; leave it out"):
+        SourceConfig(kind="scenes", limit=1, where={"style": ["z"]})

@@ -11,7 +11,7 @@ from cm3.data.scene_edits import EDITS, Place, SceneEdit, sample_edit
 from cm3.data.scene_grounding import long_caption, segmentation_map
 from cm3.data.scene_letters import Writing, draw_writing, sample_writing
 from cm3.data.scene_questions import QUESTIONS, SceneQuestion, sample_question
-from cm3.data.scene_tasks import TASKS, InstructionExample, SceneTasks
+from cm3.data.scene_tasks import DEFAULT_MIX, InstructionExample, SceneTasks
 from cm3.data.scene_world import Scene, SceneObject, render
 from cm3.errors import DataError
 from cm3.eval.scene_instruct import (
@@ -54,7 +54,7 @@ def picture(background, *objects):
 
 @pytest.fixture(scope="module")
 def examples():
-    return list(SceneTasks("test", 96, seed=3, mix=dict.fromkeys(TASKS, 1.0)))
+    return list(SceneTasks("test", 96, seed=3, mix=dict.fromkeys(DEFAULT_MIX, 1.0)))
 
 
 @pytest.fixture(scope="module")

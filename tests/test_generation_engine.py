@@ -57,10 +57,7 @@ def mixed_requests():
         (PROMPTS.text_to_image([5, 6, 7], seeds=(0, 7)), GUIDED),
         (PROMPTS.infill_text([], [], CODES, max_new_tokens=25), FREE),
         (PROMPTS.text_to_image([9], seeds=(3,)), rough),
-        (
-            PROMPTS.infill_image(CODES, BOX, [8, 8], seeds=(4,), spans="runs"),
-            SamplingSettings(guidance_scale=0.5),
-        ),
+        (PROMPTS.infill_image(CODES, BOX, [8, 8], seeds=(4,)), SamplingSettings(guidance_scale=0.5)),
         (PROMPTS.complete([TextTokens(np.array([5, 9]))], max_new_tokens=50, seeds=(1, 2)), rough),
         (PROMPTS.infill_image(CODES, BOX, [8, 9, 10], seeds=(5,)), GUIDED),
         (PROMPTS.text_to_image(None, seeds=(2**40,)), GREEDY),
@@ -172,7 +169,7 @@ def test_every_stream_parses(engine, seed, temperature):
         PROMPTS.complete(document, max_new_tokens=1 + seed % 50, seeds=(seed,)),
         PROMPTS.text_to_image([5, 6], seeds=(seed,)),
         PROMPTS.infill_text([7], [8], CODES, max_new_tokens=2 + seed % 20, seeds=(seed,)),
-        PROMPTS.infill_image(CODES, BOX, [5], spans="runs", seeds=(seed,)),
+        PROMPTS.infill_image(CODES, BOX, [5], seeds=(seed,)),
     ]
     outputs = engine.run(requests, chosen)
     for index, (request, samples) in enumerate(zip(requests, outputs)):
@@ -185,28 +182,14 @@ def test_every_stream_parses(engine, seed, temperature):
     assert len(PROMPTS.text_tokens(outputs[3][0])) == len(outputs[3][0]) - 1
 
 
-@pytest.mark.parametrize("spans", ["runs", "single"])
 @pytest.mark.parametrize("text", [[5, 6], None])
-def test_region_infill_leaves_the_outside_unchanged(engine, spans, text):
-    request = PROMPTS.infill_image(CODES, BOX, text, spans=spans)
+def test_region_infill_leaves_the_outside_unchanged(engine, text):
+    request = PROMPTS.infill_image(CODES, BOX, text)
     (new_ids,) = engine.run([request], GUIDED)[0]
     assert len(new_ids) == request.max_new_tokens
-    filled = PROMPTS.filled(CODES, BOX, request, new_ids)
+    filled = PROMPTS.filled(CODES, BOX, new_ids)
     assert np.array_equal(filled[~BOX], CODES[~BOX])
     assert not np.array_equal(filled[BOX], CODES[BOX])
-
-
-def test_forced_ids_are_fed_to_the_model(model, engine):
-    request = dataclasses.replace(PROMPTS.text_to_image([5, 6]))
-    first = [int(id) for id in VOCABULARY.codes_to_ids([3, 1, 4, 1, 5])]
-    forced = dataclasses.replace(request, forced_ids=(*first[:4], -1, first[4]))
-    (new,) = run(engine, [(forced, GREEDY)])[0]
-    assert new[:4] == first[:4] and new[5] == first[4]
-    with torch.no_grad():
-        scores = model.logits(model(torch.tensor([[*request.prompt_ids, *new[:-1]]]))[0])
-    image = VOCABULARY.image_range
-    best = (scores[len(request.prompt_ids) - 1 :, image.start : image.stop].argmax(1) + image.start).tolist()
-    assert [new[4], *new[6:]] == [best[4], *best[6:]]
 
 
 def test_repetition_penalty_counts_generated_text_only(engine):
@@ -255,7 +238,6 @@ def test_no_requests_give_no_outputs(engine):
         ({"prompt_ids": ()}, FREE, "empty prompt"),
         ({"seeds": ()}, FREE, "no seeds"),
         ({"seeds": (-1,)}, FREE, "seeds"),
-        ({"forced_ids": (5,)}, FREE, "new id 0 is to be 5"),
     ],
 )
 def test_what_cannot_be_served_is_refused(engine, changes, chosen, message):

@@ -148,32 +148,3 @@ def test_kinds_leave_out_special_ids_among_the_text_and_follow_any_table():
     names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<break>": 12, "<eoss>": 13, "<sentinel:0>": 14}
     kinds = id_kinds(Vocabulary((*ranges, special), names))
     assert kinds.tolist() == [5, 5, 3, 5, 1, 1, 1, 0, 0, 0, 0, 0, 2, 4, 5]
-
-
-@pytest.mark.parametrize(
-    ("forced", "message"),
-    [
-        ((-1, IMAGE, -1, EOSS, sentinel(1), IMAGE), None),
-        ((TEXT,), "new id 0 is to be 7, but there may stand only image"),
-        ((-1, -1, -1, IMAGE), "new id 3 .* only eoss"),
-        ((-1, -1, -1, -1, sentinel(2)), "new id 4"),
-        ((-1, -1, -1, -1, -1, -1, -1, IMAGE), "with -1 ids left"),
-    ],
-)
-def test_forced_ids_must_fit_the_grammar(forced, message):
-    program = grammar.infill([Span(sentinel(0), 3), Span(sentinel(1), 1)], EOSS)
-    if message is None:
-        program.check_forced(forced, 7, id_kinds(VOCABULARY))
-        return
-    with pytest.raises(RequestError, match=message):
-        program.check_forced(forced, 7, id_kinds(VOCABULARY))
-
-
-def test_forced_ids_behind_a_free_choice_are_refused():
-    program = grammar.infill([Span(sentinel(0), None)], EOSS)
-    kinds = id_kinds(VOCABULARY)
-    program.check_forced((TEXT, TEXT, EOSS), 3, kinds)
-    with pytest.raises(RequestError, match="new id 2 .* depends on new id 1, which is free"):
-        program.check_forced((TEXT, -1, TEXT), 5, kinds)
-    with pytest.raises(RequestError, match="new id 1 is to be 7, .* 0 ids left"):
-        program.check_forced((TEXT, TEXT), 2, kinds)

@@ -5,7 +5,7 @@ import pytest
 
 from cm3.errors import RequestError
 from cm3.generation.grammar import Span, infill
-from cm3.generation.prompts import Prompts, box_mask
+from cm3.generation.prompts import Prompts
 from cm3.model.objective import move_spans
 from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument, document_to_ids
 from cm3.tokenizers.vocabulary import Vocabulary
@@ -90,37 +90,34 @@ def test_caption_and_text_infill_prompts_begin_training_rows():
     assert PROMPTS.infill_text([5], [6], max_new_tokens=9).prompt_ids == (eos, 5, sentinel, 6, eos, sentinel)
 
 
-@pytest.mark.parametrize("spans", ["runs", "single"])
-def test_region_prompts_begin_training_rows_and_force_what_stays(spans):
-    request = PROMPTS.infill_image(CODES, BOX, CAPTION, spans=spans)
-    runs = [(5, 7), (9, 11)] if spans == "runs" else [(5, 11)]
+def test_region_prompts_begin_training_rows_with_one_span_for_each_row_of_a_box():
+    request = PROMPTS.infill_image(CODES, BOX, CAPTION)
+    runs = [(5, 7), (9, 11)]
     row = training_row(*[(FIRST_CODE + start, FIRST_CODE + stop) for start, stop in runs])
     assert starts(row, request.prompt_ids)
     target = row[len(request.prompt_ids) :]
     assert len(target) == request.max_new_tokens
-    if spans == "single":
-        kept = VOCABULARY.codes_to_ids([7, 8]).tolist()
-        assert request.forced_ids == (-1, -1, *kept, -1, -1)
     moved = [Span(VOCABULARY.sentinel_id(i), stop - start) for i, (start, stop) in enumerate(runs)]
     assert request.grammar == infill(moved, VOCABULARY.eoss_id)
-    assert np.array_equal(PROMPTS.filled(CODES, BOX, request, np.array(target)), CODES)
+    assert np.array_equal(PROMPTS.filled(CODES, BOX, np.array(target)), CODES)
     other = np.where(VOCABULARY.is_image(np.array(target)), VOCABULARY.codes_to_ids(15), target)
-    changed = PROMPTS.filled(CODES, BOX, request, other)
+    changed = PROMPTS.filled(CODES, BOX, other)
     assert (changed[BOX] == 15).all() and (changed[~BOX] == CODES[~BOX]).all()
 
 
 def test_the_guidance_row_of_a_region_masks_the_caption_under_another_sentinel():
-    request = PROMPTS.infill_image(CODES, BOX, CAPTION, spans="runs")
+    request = PROMPTS.infill_image(CODES, BOX, CAPTION)
     shared = request.prompt_ids[1 + len(CAPTION) :]
     assert request.unconditional_ids == (VOCABULARY.eos_id, VOCABULARY.sentinel_id(2), *shared)
-    assert PROMPTS.infill_image(CODES, BOX, None, spans="runs").prompt_ids == request.unconditional_ids
+    assert PROMPTS.infill_image(CODES, BOX, None).prompt_ids == request.unconditional_ids
 
 
 def test_whole_rows_of_a_box_are_one_run():
     mask = np.zeros(GRID, dtype=bool)
     mask[:2] = True
-    request = PROMPTS.infill_image(CODES, mask, CAPTION, spans="runs")
-    assert request.max_new_tokens == 8 + 1 and set(request.forced_ids) == {-1}
+    request = PROMPTS.infill_image(CODES, mask, CAPTION)
+    assert request.max_new_tokens == 8 + 1
+    assert request.grammar == infill([Span(VOCABULARY.sentinel_id(0), 8)], VOCABULARY.eoss_id)
 
 
 def test_completion_prompts_are_open_documents():
@@ -137,33 +134,11 @@ def test_reading_results():
     assert PROMPTS.text_tokens(np.array([9, 8, VOCABULARY.eoss_id])) == [9, 8]
 
 
-@pytest.mark.parametrize(
-    ("box", "codes"),
-    [
-        ((0, 0, 64, 48), [(0, 0), (2, 3)]),
-        ((16, 16, 32, 32), [(1, 1), (1, 1)]),
-        ((15, 16, 33, 32), [(1, 0), (1, 2)]),
-        ((63, 47, 64, 48), [(2, 3), (2, 3)]),
-    ],
-)
-def test_a_box_masks_every_code_that_it_touches(box, codes):
-    (top, left), (bottom, right) = codes
-    expected = np.zeros(GRID, dtype=bool)
-    expected[top : bottom + 1, left : right + 1] = True
-    assert np.array_equal(box_mask(box, (48, 64), GRID), expected)
-
-
-@pytest.mark.parametrize("box", [(-1, 0, 4, 4), (0, 0, 65, 4), (8, 8, 8, 9), (0, 9, 4, 8), (0, 0, 4, 49)])
-def test_a_box_outside_the_picture_is_refused(box):
-    with pytest.raises(RequestError, match="does not lie in the 64x48 picture; give"):
-        box_mask(box, (48, 64), GRID)
-
-
 def test_unusable_masks_and_images_are_refused():
     with pytest.raises(RequestError, match="mask at least one"):
         PROMPTS.infill_image(CODES, np.zeros(GRID, dtype=bool), CAPTION)
     stripes = np.indices(GRID)[1] % 2 == 0
-    with pytest.raises(RequestError, match="6 sentinels; choose spans='single'"):
-        PROMPTS.infill_image(CODES, stripes, CAPTION, spans="runs")
+    with pytest.raises(RequestError, match="6 sentinels; choose a simpler mask"):
+        PROMPTS.infill_image(CODES, stripes, CAPTION)
     with pytest.raises(RequestError, match="an image has 4x3 codes, this model's images have 3x4"):
         PROMPTS.infill_text([], [], CODES.T, max_new_tokens=4)

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cm3.errors import ConfigError, DataError
-from cm3.model.objective import ObjectiveConfig, draw_spans, mask_spans, move_spans, unmask
+from cm3.model.objective import Mask, ObjectiveConfig, draw_spans, mask_spans, move_spans, unmask
 from cm3.tokenizers.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(text_size=300, image_codes=256, num_sentinels=8)
 EOS, BREAK, EOSS, S0 = VOCABULARY.eos_id, VOCABULARY.break_id, VOCABULARY.eoss_id, VOCABULARY.sentinel_id(0)
+NO_ANSWERS = np.empty((0, 2), dtype=np.int64)
 TEXT, IMAGE = 100, VOCABULARY.image_range.start + 5
 
 
@@ -96,7 +97,8 @@ def test_weights_move_with_their_tokens_and_sentinels_have_their_own():
     config = ObjectiveConfig(rotation_probability=1.0, sentinel_loss_weight=0.0)
     ids_T = np.array([EOS, 10, 11, EOS])
     weights_T = np.array([1.0, 0.25, 0.5, 1.0], dtype=np.float32)
-    masked, weights = config.mask_document(ids_T, weights_T, VOCABULARY, np.random.default_rng(0), 1)
+    arguments = (ids_T, weights_T, VOCABULARY, np.random.default_rng(0))
+    masked, weights = config.mask_document(*arguments, Mask("spans", 1), NO_ANSWERS)
     assert masked.tolist() == [EOS, S0, EOS, S0, 10, 11, EOSS]
     assert weights.tolist() == [1.0, 0.0, 1.0, 0.0, 0.25, 0.5, 1.0]
     assert weights.dtype == np.float32
@@ -170,13 +172,13 @@ def test_the_leading_eos_is_never_masked():
     ],
 )
 def test_span_counts(fixed, count):
-    counts = ObjectiveConfig(**fixed).draw_num_spans(VOCABULARY, np.random.default_rng(0), 50)
-    assert set(counts.tolist()) == {count}
+    masks = ObjectiveConfig(**fixed).draw_masks(VOCABULARY, np.random.default_rng(0), np.full(50, -1))
+    assert set(masks) == {Mask("spans", count)}
 
 
 def test_the_sentinels_of_the_vocabulary_limit_the_spans():
     config = ObjectiveConfig(span_count="fixed", span_rate=100.0)
-    assert config.draw_num_spans(VOCABULARY, np.random.default_rng(0), 1).tolist() == [8]
+    assert config.draw_masks(VOCABULARY, np.random.default_rng(0), np.array([-1])) == [Mask("spans", 8)]
 
 
 @pytest.mark.parametrize("id", [S0, EOSS])
@@ -236,7 +238,7 @@ def square(side: int, caption: int = 3) -> np.ndarray:
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**32))
 def test_a_box_is_a_rectangle_of_codes(side, rows, seed):
     ids_T = square(side)
-    spans = draw_spans(ids_T, VOCABULARY, ObjectiveConfig(), np.random.default_rng(seed), num_spans=-rows)
+    spans = draw_spans(ids_T, VOCABULARY, ObjectiveConfig(), np.random.default_rng(seed), mask=Mask("box", rows))
     if rows > side:
         assert not len(spans)
         return
@@ -249,29 +251,25 @@ def test_a_box_is_a_rectangle_of_codes(side, rows, seed):
 
 def test_boxes_of_every_place_and_size_occur_at_the_wanted_rate():
     config = ObjectiveConfig(box_probability=0.25, max_box_rows=3, span_count="one")
-    counts = config.draw_num_spans(VOCABULARY, np.random.default_rng(0), 20_000)
-    assert np.mean(counts < 0) == pytest.approx(0.25, abs=0.01)
-    assert set(counts.tolist()) == {-3, -2, -1, 1}
+    masks = config.draw_masks(VOCABULARY, np.random.default_rng(0), np.full(20_000, -1))
+    assert np.mean([mask.kind == "box" for mask in masks]) == pytest.approx(0.25, abs=0.01)
+    assert set(masks) == {Mask("spans", 1), *(Mask("box", rows) for rows in (1, 2, 3))}
     rng = np.random.default_rng(1)
-    boxes = {tuple(draw_spans(square(3), VOCABULARY, config, rng, num_spans=-2).ravel()) for _ in range(500)}
+    boxes = {tuple(draw_spans(square(3), VOCABULARY, config, rng, mask=Mask("box", 2)).ravel()) for _ in range(500)}
     assert len(boxes) == 2 * (3 + 2 + 1)  # two tops; one, two or three columns wide
 
 
 def test_without_an_image_there_is_no_box():
     ids_T = np.array([EOS, TEXT, TEXT, TEXT, TEXT, BREAK, TEXT, EOS])
-    assert not len(draw_spans(ids_T, VOCABULARY, ObjectiveConfig(), np.random.default_rng(0), num_spans=-1))
+    assert not len(draw_spans(ids_T, VOCABULARY, ObjectiveConfig(), np.random.default_rng(0), mask=Mask("box", 1)))
 
 
 def test_a_box_that_does_not_fit_is_left_out_whole():
-    rng = np.random.default_rng(0)
     ids_T = square(4)
-    assert (
-        len(mask_spans(ids_T, VOCABULARY, ObjectiveConfig(), rng, num_spans=-3, max_length=len(ids_T) + 9))
-        == len(ids_T) + 9
-    )
-    assert len(mask_spans(ids_T, VOCABULARY, ObjectiveConfig(), rng, num_spans=-3, max_length=len(ids_T) + 8)) == len(
-        ids_T
-    )
+    arguments = (ids_T, VOCABULARY, ObjectiveConfig(), np.random.default_rng(0))
+    for room, added in ((9, 9), (8, 0)):
+        masked = mask_spans(*arguments, mask=Mask("box", 3), max_length=len(ids_T) + room)
+        assert len(masked) == len(ids_T) + added
 
 
 @pytest.mark.parametrize(
@@ -280,3 +278,47 @@ def test_a_box_that_does_not_fit_is_left_out_whole():
 def test_box_settings_out_of_range_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         ObjectiveConfig(**settings)
+
+
+QUESTION = np.array([EOS, 10, 11, 12, BREAK, IMAGE, IMAGE, EOS])
+
+
+def test_answers_are_masked_by_example():
+    config = ObjectiveConfig(answer_probability=1.0, instruction_loss_weight=0.25)
+    arguments = (QUESTION, np.ones(8), VOCABULARY, np.random.default_rng(0))
+    masked, weights = config.mask_document(*arguments, Mask("answers", 1), np.array([[2, 3]]))
+    assert masked.tolist() == [EOS, 10, S0, 12, BREAK, IMAGE, IMAGE, EOS, S0, 11, EOSS]
+    assert weights.tolist() == [0.25] * 9 + [1, 1]  # the answer and its end count in full, the sentinels do not
+
+
+def test_an_answer_at_the_end_stays_and_its_end_is_learnt_with_it():
+    config = ObjectiveConfig(answer_probability=1.0, instruction_loss_weight=0.0)
+    arguments = (QUESTION, np.ones(8), VOCABULARY, np.random.default_rng(0))
+    masked, weights = config.mask_document(*arguments, Mask("answers", 0), np.array([[5, 7]]))
+    assert masked.tolist() == QUESTION.tolist()
+    assert weights.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+
+
+def test_spans_at_random_weigh_instructions_too():
+    config = ObjectiveConfig(rotation_probability=1.0, instruction_loss_weight=0.5)
+    arguments = (QUESTION, np.ones(8), VOCABULARY, np.random.default_rng(1))
+    masked, weights = config.mask_document(*arguments, Mask("spans", 1), np.array([[5, 7]]))
+    np.testing.assert_array_equal(unmask(masked, VOCABULARY), QUESTION)
+    assert weights[masked == IMAGE].tolist() == [1, 1] and set(weights[np.isin(masked, (10, 11, 12, S0))]) == {0.5}
+
+
+def test_answers_are_drawn_for_instructions_alone_and_at_their_rate():
+    config = ObjectiveConfig(answer_probability=0.25, span_count="one")
+    numbers = np.tile([-1, 0, 2, 9], 5000)
+    masks = config.draw_masks(VOCABULARY, np.random.default_rng(0), numbers)
+    drawn = [{mask for mask, number in zip(masks, numbers, strict=True) if number == n} for n in (-1, 0, 2, 9)]
+    ordinary = Mask("spans", 1)
+    assert drawn == [{ordinary}, *({ordinary, Mask("answers", count)} for count in (0, 2, 0))]  # there are 8 sentinels
+    assert np.mean([mask.kind == "answers" for mask in masks[1::4]]) == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("mask", "room", "left"), [("spans", 2, 2), ("box", 2, 2), ("answers", 2, 0), ("answers", 3, 3), ("spans", 5, 3)]
+)
+def test_what_a_mask_leaves_where_room_is_short(mask, room, left):
+    assert Mask(mask, 3).within(room) == Mask(mask, left)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cm3.errors import DataError, ModelFilesError
-from cm3.tokenizers.image import ImageTokenizer, load_image, to_square
+from cm3.errors import DataError, ModelFilesError, RequestError
+from cm3.tokenizers.image import ImageTokenizer, box_mask, load_image, to_square
 from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
 
 CONFIG = VQGANConfig(
@@ -195,3 +195,25 @@ def test_codes_do_not_depend_on_the_precision_around(tokenizer):
     with torch.autocast("cpu", torch.bfloat16):
         under_BP = tokenizer.encode(pixels_BHWC)
     assert np.array_equal(under_BP, tokenizer.encode(pixels_BHWC))
+
+
+@pytest.mark.parametrize(
+    ("box", "codes"),
+    [
+        ((0, 0, 64, 48), [(0, 0), (2, 3)]),
+        ((16, 16, 32, 32), [(1, 1), (1, 1)]),
+        ((15, 16, 33, 32), [(1, 0), (1, 2)]),
+        ((63, 47, 64, 48), [(2, 3), (2, 3)]),
+    ],
+)
+def test_a_box_masks_every_code_that_it_touches(box, codes):
+    (top, left), (bottom, right) = codes
+    expected = np.zeros((3, 4), dtype=bool)
+    expected[top : bottom + 1, left : right + 1] = True
+    assert np.array_equal(box_mask(box, (48, 64), (3, 4)), expected)
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 4, 4), (0, 0, 65, 4), (8, 8, 8, 9), (0, 9, 4, 8), (0, 0, 4, 49)])
+def test_a_box_outside_the_picture_is_refused(box):
+    with pytest.raises(RequestError, match="does not lie in the 64x48 picture; give"):
+        box_mask(box, (48, 64), (3, 4))

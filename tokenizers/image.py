@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Integer, UInt8, UInt16
+from jaxtyping import Bool, Integer, UInt8, UInt16
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from cm3.checkpoint import load_strict, load_tensors, read_json, save_tensors, write_json
-from cm3.errors import CM3Error, DataError, ModelFilesError
+from cm3.errors import CM3Error, DataError, ModelFilesError, RequestError
 from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
 
 IMAGE_TOKENIZER_WEIGHTS = "image_tokenizer.safetensors"
@@ -110,6 +110,38 @@ def to_square(image: Image.Image, size: int) -> Image.Image:
     left, top, side = central_square(image)
     square = image.convert("RGB").crop((left, top, left + side, top + side))
     return square if side == size else square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def box_mask(
+    box: tuple[int, int, int, int], image_size: tuple[int, int], grid: tuple[int, int]
+) -> Bool[np.ndarray, "H W"]:
+    """The codes that a box of pixels touches.
+
+    Args:
+        box: left, top, right, bottom in pixels; right and bottom are the first pixels outside.
+        image_size: height and width in pixels.
+        grid: height and width in codes.
+
+    Raises:
+        RequestError: the box is empty or leaves the picture.
+    """
+    left, top, right, bottom = box
+    height, width = image_size
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise RequestError(
+            f"box {left},{top},{right},{bottom} does not lie in the {width}x{height} picture; give "
+            f"left,top,right,bottom with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
+        )
+    rows, columns = np.arange(grid[0]), np.arange(grid[1])
+    touched_H = (rows * height < bottom * grid[0]) & ((rows + 1) * height > top * grid[0])
+    touched_W = (columns * width < right * grid[1]) & ((columns + 1) * width > left * grid[1])
+    return touched_H[:, None] & touched_W[None, :]
+
+
+def mask_runs(mask_HW: Bool[np.ndarray, "H W"]) -> list[tuple[int, int]]:
+    """Start and stop of every run of masked codes in raster order."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask_HW.ravel(), [False]])))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def pixels_to_model(pixels_BHWC: Tensor) -> Tensor:

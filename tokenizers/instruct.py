@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from cm3.errors import DataError
 from cm3.tokenizers.document import Document, DocumentTokenizer, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.image import box_mask, mask_runs
 from cm3.tokenizers.instruct_tasks import TASKS, image_fields, is_image_field
 
 Layout = Literal["text_first", "image_first"]
@@ -27,6 +28,10 @@ Layout = Literal["text_first", "image_first"]
 ANSWER_CHARACTERS = "answer_characters"
 """Key of `Document.metadata`: [segment, first character, stop character] of every answer; a picture counts as one
 character."""
+
+ANSWER_BOXES = "answer_boxes"
+"""Key of `Document.metadata`: [segment, left, top, right, bottom] of every answer that is a box of a square picture, in
+its pixels. Each run of codes that the box touches, in raster order, is then an answer of its own."""
 
 ANSWERS = "answers"
 """Key of `TokenizedDocument.metadata`: [segment, first token, stop token] of every answer, codes of a picture being
@@ -203,10 +208,17 @@ def _joined(document: Document, bounds: list[list[int]], cut: TokenizedDocument)
         texts = [part.tokens for part in parts if isinstance(part, TextTokens)]
         segments.append(TextTokens(np.concatenate(texts)) if texts else parts[0])
     metadata = dict(document.metadata)
-    places_in_characters = metadata.pop(ANSWER_CHARACTERS, None)
+    places_in_characters, boxes = metadata.pop(ANSWER_CHARACTERS, None), metadata.pop(ANSWER_BOXES, [])
     if places_in_characters is not None:
-        metadata[ANSWERS] = [
+        places: list[list[int]] = [
             [segment, tokens_before[segment][first], tokens_before[segment][stop]]
             for segment, first, stop in places_in_characters
         ]
+        for segment, box in ((each[0], tuple(each[1:])) for each in boxes):
+            picture, codes = document.segments[segment], segments[segment]
+            assert isinstance(picture, Image) and isinstance(codes, ImageCodes)
+            width, height = picture.pixels.size
+            mask_HW = box_mask(box, (height, width), codes.codes_HW.shape)
+            places += [[segment, *run] for run in mask_runs(mask_HW)]
+        metadata[ANSWERS] = sorted(places)
     return TokenizedDocument(tuple(segments), metadata)

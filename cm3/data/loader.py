@@ -7,16 +7,16 @@ processes. Each process plans all rows, which is cheap, and fills only its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cm3.data.packing import DocumentPlan, Purpose, Row, StreamPlan, epoch_order, generator
+from cm3.data.packing import DocumentPlan, Mask, Purpose, Row, StreamPlan, epoch_order, generator
 from cm3.errors import ConfigError, DataError
 from cm3.tokenizers.vocabulary import Vocabulary
 
@@ -25,6 +25,7 @@ class Documents(Protocol):
     """What the loader asks of its data: `ShardedDocuments`, or a `Mixture` of several."""
 
     lengths: np.ndarray
+    num_moved_answers: np.ndarray
 
     @property
     def vocabulary(self) -> Vocabulary: ...
@@ -34,6 +35,8 @@ class Documents(Protocol):
     def members(self, usable: np.ndarray, seed: int, epoch: int) -> np.ndarray: ...
 
     def ids(self, index: int) -> np.ndarray: ...
+
+    def answer_spans(self, index: int) -> np.ndarray: ...
 
     def num_retrieved_ids(self, index: int) -> int: ...
 
@@ -47,7 +50,9 @@ class Objective(Protocol):
     @property
     def retrieved_loss_weight(self) -> float: ...
 
-    def draw_num_spans(self, vocabulary: Vocabulary, rng: np.random.Generator, size: int) -> np.ndarray: ...
+    def draw_masks(
+        self, vocabulary: Vocabulary, rng: np.random.Generator, num_answers_D: np.ndarray
+    ) -> Sequence[Mask]: ...
 
     def mask_document(
         self,
@@ -55,7 +60,8 @@ class Objective(Protocol):
         weights_T: np.ndarray,
         vocabulary: Vocabulary,
         rng: np.random.Generator,
-        num_spans: int,
+        mask: Any,
+        answers: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
     def mask_block(
@@ -203,7 +209,9 @@ class PackedLoader:
         return DocumentPlan(
             lengths,
             self._ordered,
-            lambda rng, size: self._objective.draw_num_spans(self._vocabulary, rng, size),
+            lambda rng, documents: self._objective.draw_masks(
+                self._vocabulary, rng, self._documents.num_moved_answers[documents]
+            ),
             ids_per_span=self._objective.ids_per_span,
             sequence_length=length,
             seed=self._seed,
@@ -250,12 +258,9 @@ class PackedLoader:
             return
         for piece in row.pieces:
             ids_T, weights_T = self._piece(piece.document, piece.start, piece.stop)
-            if piece.num_spans:
-                rng = generator(self._seed, Purpose.SPANS, epoch, piece.document)
-                ids_T, weights_T = self._objective.mask_document(
-                    ids_T, weights_T, self._vocabulary, rng, piece.num_spans
-                )
-            yield ids_T, weights_T
+            rng = generator(self._seed, Purpose.SPANS, epoch, piece.document)
+            answers = self._documents.answer_spans(piece.document)
+            yield self._objective.mask_document(ids_T, weights_T, self._vocabulary, rng, piece.mask, answers)
 
     def _piece(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Some ids of a document and their loss weights."""

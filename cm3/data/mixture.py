@@ -86,8 +86,8 @@ class Mixture:
         copies = math.ceil(max_repetition) + 1  # an epoch can begin and end in the middle of a pass
         self.lengths = np.tile(np.concatenate([source.lengths for source in self._sources]), copies)
         """Number of ids of each document, then of its copies."""
-        self.num_answers = np.tile(np.concatenate([source.num_answers for source in self._sources]), copies)
-        """Number of answers in each document, then in its copies."""
+        self.num_moved_answers = np.tile(np.concatenate([source.num_moved_answers for source in self._sources]), copies)
+        """See `ShardedDocuments.num_moved_answers`; of each document, then of its copies."""
 
     def __len__(self) -> int:
         return int(self._stops[-1])

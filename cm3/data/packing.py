@@ -6,9 +6,10 @@ A plan is made window by window, and each window is a function of (seed, epoch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +18,15 @@ WINDOW_DOCUMENTS = 4096
 
 WINDOW_ROWS = 256
 """Rows of a stream planned together."""
+
+
+class Mask(Protocol):
+    """What the objective masks in a document: `cm3.model.objective.Mask`."""
+
+    @property
+    def num_spans(self) -> int: ...
+
+    def within(self, room: int) -> Mask: ...
 
 
 class Purpose(IntEnum):
@@ -40,13 +50,12 @@ def epoch_order(members: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Piece:
-    """The ids start..stop-1 of a document, and how many spans to mask in it where documents are masked one by
-    one; -n stands for a box of n rows."""
+    """The ids start..stop-1 of a document, and what to mask in it where documents are masked one by one."""
 
     document: int
     start: int
     stop: int
-    num_spans: int = 0
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -63,23 +72,23 @@ class DocumentPlan:
     Args:
         lengths: ids of every document.
         order: epoch to the documents of it, none longer than a row.
-        count_spans: (generator, size) to numbers of spans to mask.
+        draw_masks: (generator, documents) to what to mask in each.
         ids_per_span: room that each span takes; where it is not there, fewer spans are masked.
         sequence_length: ids of a row.
-        seed: of the numbers of spans.
+        seed: of the masks.
     """
 
     def __init__(
         self,
         lengths: np.ndarray,
         order: Callable[[int], np.ndarray],
-        count_spans: Callable[[np.random.Generator, int], np.ndarray],
+        draw_masks: Callable[[np.random.Generator, np.ndarray], Sequence[Mask]],
         *,
         ids_per_span: int,
         sequence_length: int,
         seed: int,
     ) -> None:
-        self._lengths, self._order, self._count_spans = lengths, order, count_spans
+        self._lengths, self._order, self._draw_masks = lengths, order, draw_masks
         self._ids_per_span, self._sequence_length, self._seed = ids_per_span, sequence_length, seed
 
     def rows(self, epoch: int, window: int) -> list[Row]:
@@ -87,13 +96,13 @@ class DocumentPlan:
         documents = self._order(epoch)[window * WINDOW_DOCUMENTS : (window + 1) * WINDOW_DOCUMENTS]
         lengths = self._lengths[documents].astype(np.int64)
         rng = generator(self._seed, Purpose.COUNTS, epoch, window)
-        counts = self._count_spans(rng, len(documents))
-        room = (self._sequence_length - lengths) // self._ids_per_span
-        counts = np.clip(counts, -room, room)
-        bins = best_fit(lengths + self._ids_per_span * abs(counts), self._sequence_length)
+        rooms = (self._sequence_length - lengths) // self._ids_per_span
+        masks = [mask.within(room) for mask, room in zip(self._draw_masks(rng, documents), rooms.tolist(), strict=True)]
+        num_spans = np.array([mask.num_spans for mask in masks], dtype=np.int64)
+        bins = best_fit(lengths + self._ids_per_span * num_spans, self._sequence_length)
         rng.shuffle(bins)  # they come sorted by the lengths of their documents
         return [
-            Row(number, [Piece(int(documents[i]), 0, int(lengths[i]), int(counts[i])) for i in items])
+            Row(number, [Piece(int(documents[i]), 0, int(lengths[i]), masks[i]) for i in items])
             for number, items in enumerate(bins)
         ]
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 import csv
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cm3.data.scenes import example
 from cm3.errors import DataError
+
+_ALL: Mapping[str, Sequence[str]] = {}
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -37,14 +41,20 @@ class Scenes:
 
 
 class Table:
-    """Rows of a table opened by `datasets`; images stay encoded until they are used."""
+    """Rows of a table opened by `datasets`, those where columns have certain values; images stay encoded until they are
+    used."""
 
-    def __init__(self, table: Any, name: str, columns: list[str]) -> None:
+    def __init__(self, table: Any, name: str, columns: list[str], where: Mapping[str, Sequence[str]] = _ALL) -> None:
         from datasets import Image
 
-        missing = [column for column in columns if column not in table.column_names]
+        missing = [column for column in (*columns, *where) if column not in table.column_names]
         if missing:
             raise DataError(f"{name} has no column {missing[0]!r}; choose among {', '.join(table.column_names)}")
+        self._numbers: Sequence[int] = range(len(table))
+        if where:
+            kept = [np.isin(np.array(table[column], dtype=str), values) for column, values in where.items()]
+            self._numbers = np.flatnonzero(np.all(kept, axis=0)).tolist()
+            table = table.select(self._numbers)
         table = table.select_columns(list(dict.fromkeys(columns)))
         for column, feature in table.features.items():
             if isinstance(feature, Image):
@@ -52,7 +62,9 @@ class Table:
         self._table, self._name = table, name
 
     @classmethod
-    def from_parquet(cls, path: str, split: str, columns: list[str]) -> Table:
+    def from_parquet(
+        cls, path: str, split: str, columns: list[str], where: Mapping[str, Sequence[str]] = _ALL
+    ) -> Table:
         """A Parquet file, a glob, or a folder: its `<split>*.parquet` (also under data/).
 
         Of a folder without split names, "train" is all it has; another split is then an error.
@@ -69,19 +81,23 @@ class Table:
         if not files:
             raise DataError(f"{path} holds no Parquet files; give a .parquet file, a glob or a folder of them")
         name = f"{path}/{split}" if Path(path).is_dir() else path
-        return cls(_load(name, "parquet", data_files=[str(file) for file in files], split="train"), name, columns)
+        return cls(
+            _load(name, "parquet", data_files=[str(file) for file in files], split="train"), name, columns, where
+        )
 
     @classmethod
-    def from_hub(cls, path: str, subset: str | None, split: str, columns: list[str]) -> Table:
+    def from_hub(
+        cls, path: str, subset: str | None, split: str, columns: list[str], where: Mapping[str, Sequence[str]] = _ALL
+    ) -> Table:
         """A data set of the Hugging Face Hub, or a local folder in its layout."""
         name = "/".join(filter(None, (path, subset, split)))
-        return cls(_load(name, path, subset, split=split), name, columns)
+        return cls(_load(name, path, subset, split=split), name, columns, where)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def name(self, index: int) -> str:
-        return f"{self._name}:{index}"
+        return f"{self._name}:{self._numbers[index]}"
 
     def row(self, index: int) -> Mapping[str, Any]:
         row: Mapping[str, Any] = self._table[index]

@@ -8,7 +8,7 @@ have their own disjoint splits (`cm3.data.scene_letters`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -27,13 +27,17 @@ from cm3.data.scene_grounding import (
     segmentation_map,
 )
 from cm3.data.scene_letters import Writing, draw_writing, sample_writing, writing_request
+from cm3.data.scene_phrases import box_of
 from cm3.data.scene_questions import SceneQuestion, sample_question
-from cm3.data.scene_world import Scene, render
+from cm3.data.scene_world import SIDE, Scene, render
 from cm3.data.scenes import SPLITS, sample_scene
 from cm3.errors import DataError
-from cm3.tokenizers import document
+from cm3.tokenizers import document, instruct_tasks
+from cm3.tokenizers.instruct import ANSWER_BOXES, ANSWER_CHARACTERS, Layout, lay_out
 
 ROWS_FILE = "rows.jsonl"
+
+_MOST_MARGIN = 6  # pixels between an object and its box
 
 _STREAM = 1  # sets the random numbers of an example apart from those of the plain scene of the same index
 
@@ -53,6 +57,8 @@ class InstructionExample:
     answer: str | Image.Image
     truth: Truth
     """What the answer is graded against by `cm3.eval.scene_instruct`."""
+    box: tuple[int, int, int, int] | None = None
+    """Left, top, right and bottom of the part of the answer that is asked for, the rest being given; None is all."""
 
     @property
     def turns(self) -> tuple[tuple[document.Text | document.Image, ...], ...]:
@@ -62,6 +68,14 @@ class InstructionExample:
             tuple(document.Text(part) if isinstance(part, str) else document.Image(part) for part in turn)
             for turn in (user, (self.answer,))
         )
+
+    def document(self, layout: Layout = "text_first", wording: int = 0) -> document.Document:
+        """The example laid out as a document that knows its answers."""
+        laid_out = lay_out(self.turns, task=self.task, layout=layout, wording=wording)
+        if self.box is None:
+            return laid_out
+        places = {ANSWER_CHARACTERS: [], ANSWER_BOXES: [[len(laid_out.segments) - 1, *self.box]]}
+        return replace(laid_out, metadata={**laid_out.metadata, **places})
 
 
 def _edit(rng: np.random.Generator, split: str) -> InstructionExample:
@@ -107,6 +121,17 @@ def _long_caption(rng: np.random.Generator, split: str) -> InstructionExample:
     return InstructionExample("long_caption", (), (render(scene),), long_caption(scene), scene)
 
 
+def _infill(rng: np.random.Generator, split: str) -> InstructionExample:
+    scene = sample_scene(rng, split)
+    item = scene.objects[int(rng.integers(len(scene.objects)))]
+    left, top, right, bottom = (int(place) for place in box_of(item))
+    before, after = rng.integers(0, _MOST_MARGIN, 2, endpoint=True), rng.integers(0, _MOST_MARGIN, 2, endpoint=True)
+    left, top = max(left - int(before[0]), 0), max(top - int(before[1]), 0)
+    box = (left, top, min(right + int(after[0]), SIDE), min(bottom + int(after[1]), SIDE))
+    name = f"a {item.size} {item.color} {item.shape}"
+    return InstructionExample("generate", (name,), (), render(scene), scene, box)
+
+
 TASKS: dict[str, Callable[[np.random.Generator, str], InstructionExample]] = {
     "edit": _edit,
     "vqa": _vqa,
@@ -116,9 +141,11 @@ TASKS: dict[str, Callable[[np.random.Generator, str], InstructionExample]] = {
     "edges": _edges,
     "writing": _writing,
     "long_caption": _long_caption,
+    "infill": _infill,
 }
-"""What a source may hold. `segment` asks for the map of a picture, `segmentation` for the picture of a map; all
-have the template of their name but `writing`, which has that of `generate`."""
+"""What a source may hold. `segment` asks for the map of a picture, `segmentation` for the picture of a map, `infill`
+for a box around an object; all have the template of their name but `writing` and `infill`, which have that of
+`generate`."""
 DEFAULT_MIX = {
     **{"edit": 0.4, "vqa": 0.2, "grounded": 0.1},
     **dict.fromkeys(("segment", "segmentation", "edges", "writing", "long_caption"), 0.06),
@@ -155,6 +182,23 @@ class SceneTasks:
         task = list(TASKS)[rng.choice(len(TASKS), p=weights / weights.sum())]
         return TASKS[task](rng, self.split)
 
+    def name(self, index: int) -> str:
+        """What an example is called in reports."""
+        return f"scene_tasks:{self.split}:{index}"
+
+    def document(self, index: int, layout: Layout = "text_first", seed: int = 0) -> document.Document:
+        """An example laid out as a document that knows its answers, in a wording drawn by `seed`."""
+        example = self[index]
+        wordings = instruct_tasks.TASKS[example.task].wordings
+        wording = int(np.random.default_rng((seed, index)).integers(len(wordings)))
+        laid_out = example.document(layout, wording)
+        return replace(laid_out, metadata={**laid_out.metadata, "row": self.name(index)})
+
+    def texts(self, index: int, seed: int = 0) -> list[str]:
+        """The texts of that document."""
+        segments = self.document(index, seed=seed).segments
+        return [part.text for part in segments if isinstance(part, document.Text)]
+
     def __iter__(self) -> Iterator[InstructionExample]:
         return (self[index] for index in range(self.size))
 
@@ -165,7 +209,7 @@ def write_jsonl(examples: Iterable[InstructionExample], folder: str | Path) -> P
     Returns the path of the rows.
 
     Raises:
-        DataError: the folder exists and is not empty.
+        DataError: the folder exists and is not empty, or an example asks for a box, for which there is no such format.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -183,6 +227,8 @@ def write_jsonl(examples: Iterable[InstructionExample], folder: str | Path) -> P
 
         with (temporary / ROWS_FILE).open("w", encoding="utf-8") as lines:
             for index, example in enumerate(examples):
+                if example.box is not None:
+                    raise DataError(f"example {index} asks for a box of a picture; leave infill out of the mix")
                 turns = tuple(tuple(stored(part) for part in turn) for turn in example.turns)
                 lines.write(InstructRow(id=f"{index:06d}", task=example.task, turns=turns).to_json() + "\n")
     return folder / ROWS_FILE

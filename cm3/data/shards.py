@@ -148,8 +148,9 @@ class ShardedDocuments:
             raise DataError(f"{folder} holds no documents; see its report.json")
         self.lengths = np.concatenate([shard.lengths for shard in self._shards])
         """Number of ids of each document, delimiters included, int32."""
-        self.num_answers = np.concatenate([shard.num_answers for shard in self._shards])
-        """Number of answers in each document; 0 for one that is no instruction."""
+        self.num_moved_answers = np.concatenate([shard.num_moved_answers() for shard in self._shards])
+        """Number of answers in each document, int64; 0 where the last one ends the document, for then none has to be
+        moved to be asked for; -1 where there are none."""
 
     def __len__(self) -> int:
         return int(self._stops[-1]) if len(self._stops) else 0
@@ -201,7 +202,6 @@ class _Shard:
         self._row = table.column("row")
         # shards of before there were instructions have no such column
         self._answers = _Lists(table.column("answers")) if "answers" in table.column_names else None
-        self.num_answers = self._answers.lengths // 3 if self._answers is not None else np.zeros_like(self.lengths)
         self._text, self._codes, self._segments = (_Lists(table.column(name)) for name in ("text", "codes", "segments"))
 
     def document(self, row: int) -> TokenizedDocument:
@@ -217,9 +217,24 @@ class _Shard:
                 segments.append(ImageCodes(codes[codes_place : codes_place + area].reshape(height, width)))
                 codes_place += area
         metadata: dict[str, Any] = {"row": self._row[row].as_py(), "retrieved": int(self.retrieved[row])}
-        if self._answers is not None and self.num_answers[row]:
-            metadata[ANSWERS] = self._answers[row].reshape(-1, 3).tolist()
+        if self._answers is not None and len(answers := self._answers[row]):
+            metadata[ANSWERS] = answers.reshape(-1, 3).tolist()
         return TokenizedDocument(tuple(segments), metadata)
+
+    def num_moved_answers(self) -> np.ndarray:
+        """See `ShardedDocuments`."""
+        counts = np.full(len(self.lengths), -1)
+        if self._answers is None:
+            return counts
+        rows = np.flatnonzero(self._answers.lengths)
+        counts[rows] = self._answers.lengths[rows] // 3
+        segment, first, stop = self._answers.last(rows, 3).T
+        height, width = self._segments.last(rows, 2).T
+        in_last = segment == self._segments.lengths[rows] // 2 - self.retrieved[rows] - 1
+        at_end = stop == np.maximum(height, 1) * width
+        whole = (height == 0) | (first == 0)  # a part of an image, even its last, stands amid the rest of it
+        counts[rows[in_last & at_end & whole]] = 0
+        return counts
 
     def segment_lengths(self, row: int) -> np.ndarray:
         heights, widths = self._segments[row].reshape(-1, 2).T
@@ -251,6 +266,11 @@ class _Lists:
 
     def __getitem__(self, row: int) -> np.ndarray:
         values: np.ndarray = self._values[self._starts[row] : self._starts[row + 1]]
+        return values
+
+    def last(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """[rows, size]: the last values of some lists that are not empty."""
+        values: np.ndarray = self._values[self._starts[rows + 1][:, None] - size + np.arange(size)]
         return values
 
 

@@ -12,12 +12,16 @@ from PIL import Image as PILImage
 
 from cm3.data import readers
 from cm3.data.instruct import InstructFile
+from cm3.data.scene_tasks import DEFAULT_MIX, SceneTasks
 from cm3.errors import CM3Error, ConfigError, DataError
 from cm3.tokenizers.document import Document, Image, Text
 from cm3.tokenizers.image import load_image
 from cm3.tokenizers.instruct import Layout
 
-SourceKind = Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset", "instruct"]
+SourceKind = Literal["scenes", "parquet", "hub", "jsonl", "folder", "webdataset", "instruct", "scene_tasks"]
+
+_DRAWN = ("scenes", "scene_tasks")
+_LAID_OUT = ("instruct", "scene_tasks")
 
 _NAMED_ROWS = 20
 
@@ -31,9 +35,10 @@ class SourceConfig:
     hub: a name on the Hugging Face Hub or a local folder in its layout; jsonl: one object a line, image paths
     relative to the file; folder: images with a .txt of the same name each, or metadata.jsonl / metadata.csv
     with a `file_name` column; webdataset: a tar file, a glob of them or a folder of them; instruct: a file of
-    conversations and tasks, see `cm3.data.instruct`, whose rows know their own texts and images."""
+    conversations and tasks, see `cm3.data.instruct`, whose rows know their own texts and images; scene_tasks: such
+    tasks drawn by `cm3.data.scene_tasks`."""
     path: str = ""
-    """Where the rows lie (see `kind`); not used by scenes."""
+    """Where the rows lie (see `kind`); not used by scenes and scene_tasks."""
     subset: str | None = None
     """Configuration name of a Hub data set; None where it has only one."""
     split: str = "train"
@@ -46,24 +51,33 @@ class SourceConfig:
     """Column holding the image (bytes, a path, or the {bytes, path} of `datasets`); None: text only."""
     metadata_columns: tuple[str, ...] = ()
     """Columns copied into `Document.metadata` under their own names."""
+    where: dict[str, list[str]] = field(default_factory=dict)
+    """parquet and hub: for some columns the values, as texts, of the rows to use; empty is all rows."""
     limit: int | None = None
     """Use the first rows only; None is all. Scenes are endless and need it."""
     layout: Layout = "text_first"
-    """instruct: order of a task's segments; text_first is the paper's, image_first puts the images given first."""
+    """instruct and scene_tasks: order of a task's segments; text_first is the paper's, image_first puts the images
+    given first."""
+    tasks: dict[str, float] = field(default_factory=dict)
+    """scene_tasks: weight of each task in the mix; empty is the default mix, of all but infill."""
     seed: int = 0
-    """Draws the text column of each row, the scenes, and the wording of each row of instruct."""
+    """Draws the text column of each row, the scenes, and the wording of each row of instruct and scene_tasks."""
     max_bad_fraction: float = 0.01
     """Stop with an error once more than this share of all rows could not be used."""
 
     def __post_init__(self) -> None:
-        if self.kind == "scenes" and self.limit is None:
-            raise ConfigError("kind=scenes has no end; set limit to the number of scenes to use")
-        if self.kind != "scenes" and not self.path:
+        if self.kind in _DRAWN and self.limit is None:
+            raise ConfigError(f"kind={self.kind} has no end; set limit to the number of rows to use")
+        if self.tasks and self.kind != "scene_tasks":
+            raise ConfigError(f"tasks are for kind=scene_tasks, found kind={self.kind}; leave them out")
+        if self.kind not in _DRAWN and not self.path:
             raise ConfigError(f"kind={self.kind} needs a path; set it in the config or with --data.path")
         if not self.text_columns and self.image_column is None:
             raise ConfigError("text_columns is empty and image_column is null; name at least one column to read")
-        if self.kind == "instruct" and self.metadata_columns:
-            raise ConfigError("kind=instruct has no columns; leave metadata_columns out (rows keep their id and task)")
+        if self.where and self.kind not in ("parquet", "hub"):
+            raise ConfigError(f"where chooses rows of parquet and hub, found kind={self.kind}; leave it out")
+        if self.kind in _LAID_OUT and self.metadata_columns:
+            raise ConfigError(f"kind={self.kind} has no columns; leave metadata_columns out")
         if "row" in self.metadata_columns:
             raise ConfigError("metadata_columns may not name 'row', which holds the name of the row; rename it")
         if self.limit is not None and self.limit < 1:
@@ -124,7 +138,8 @@ class Source:
         self.report = RowReport()
         self._reader = _READERS[config.kind](config)
         if not len(self._reader):
-            raise DataError(f"{config.path} has no rows for kind={config.kind}; check path and split")
+            chosen = f", where={config.where}" if config.where else ""
+            raise DataError(f"{config.path} has no rows for kind={config.kind}{chosen}; check path and split")
 
     def __len__(self) -> int:
         limit = self.config.limit
@@ -140,7 +155,7 @@ class Source:
             raise IndexError(f"row {index} was asked for; the source has {len(self)}")
         name = self._reader.name(index)
         try:
-            if isinstance(self._reader, InstructFile):
+            if isinstance(self._reader, InstructFile | SceneTasks):
                 return self._reader.document(index, self.config.layout, self.config.seed)
             row = self._reader.row(index)
             segments: list[Text | Image] = []
@@ -180,7 +195,7 @@ class Source:
         for index in range(len(self)):
             self.report.read += 1
             try:
-                if isinstance(self._reader, InstructFile):
+                if isinstance(self._reader, InstructFile | SceneTasks):
                     yield from self._reader.texts(index, self.config.seed)
                 else:
                     yield from self._texts(self._reader.row(index))
@@ -249,14 +264,15 @@ def _image(row: Mapping[str, Any], column: str) -> PILImage.Image:
     return load_image(value)
 
 
-_READERS: dict[str, Callable[[SourceConfig], Reader | InstructFile]] = {
+_READERS: dict[str, Callable[[SourceConfig], Reader | InstructFile | SceneTasks]] = {
     "scenes": lambda c: readers.Scenes(c.seed, c.split, c.limit or 0),
-    "parquet": lambda c: readers.Table.from_parquet(c.path, c.split, _columns(c)),
-    "hub": lambda c: readers.Table.from_hub(c.path, c.subset, c.split, _columns(c)),
+    "parquet": lambda c: readers.Table.from_parquet(c.path, c.split, _columns(c), c.where),
+    "hub": lambda c: readers.Table.from_hub(c.path, c.subset, c.split, _columns(c), c.where),
     "jsonl": lambda c: readers.JSONLines(c.path, c.image_column),
     "folder": lambda c: readers.Folder(c.path, c.image_column),
     "webdataset": lambda c: readers.WebDataset(c.path),
     "instruct": lambda c: InstructFile(c.path),
+    "scene_tasks": lambda c: SceneTasks(c.split, c.limit or 0, c.seed, c.tasks or DEFAULT_MIX),
 }
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from cm3.errors import RequestError
-from cm3.generation.grammar import END, GrammarTables, id_kinds
+from cm3.generation.grammar import END, GrammarTables
 from cm3.generation.request import Request, Row, check_request
 from cm3.generation.sampler import Sampler
 from cm3.generation.settings import SamplingSettings
@@ -52,7 +52,6 @@ class _Batch:
     taken_B: Int[Tensor, " B"]
     left_B: Int[Tensor, " B"]
     step_1: Int[Tensor, " 1"]
-    forced_BT: Int[Tensor, "B T"]
     output_BT: Int[Tensor, "B T"]
 
 
@@ -75,7 +74,6 @@ class Engine:
         self.model = model
         self.vocabulary = vocabulary
         self.max_batch_rows = max_batch_rows
-        self._kind_V = id_kinds(vocabulary)
         self._step: Callable[[_Batch, _Streams, bool], None] = self._decode_step
         if compile:
             self._step = torch.compile(self._decode_step, dynamic=False)
@@ -104,7 +102,7 @@ class Engine:
             settings = [settings] * len(requests)
         rows = []
         for index, (request, chosen) in enumerate(zip(requests, settings, strict=True)):
-            check_request(index, request, chosen, self.model.config.max_positions, self._kind_V)
+            check_request(index, request, chosen, self.model.config.max_positions)
             rows += [Row(request, chosen.of_sample(number), seed) for number, seed in enumerate(request.seeds)]
         with _evaluating(self.model), torch.inference_mode():
             outputs = iter([ids for part in self._parts(rows) for ids in self._run_rows(part)])
@@ -177,17 +175,13 @@ class Engine:
         device = self.device
         budgets = [row.request.max_new_tokens for row in rows]
         tables = GrammarTables([row.request.grammar for row in rows], self.vocabulary, device)
-        forced_BT = np.full((len(rows), max(budgets)), -1)
-        for row, forced_T in zip(rows, forced_BT, strict=True):
-            forced_T[: len(row.request.forced_ids)] = row.request.forced_ids
         return _Batch(
             tables=tables,
             state_B=torch.tensor(tables.starts, device=device),
             taken_B=torch.zeros(len(rows), dtype=torch.long, device=device),
             left_B=torch.tensor(budgets, device=device),
             step_1=torch.zeros(1, dtype=torch.long, device=device),
-            forced_BT=torch.from_numpy(forced_BT).to(device),
-            output_BT=torch.full(forced_BT.shape, self.vocabulary.pad_id, device=device),
+            output_BT=torch.full((len(rows), max(budgets)), self.vocabulary.pad_id, device=device),
         )
 
     def _regroup(
@@ -274,8 +268,7 @@ class Engine:
             drawn_B = streams.sampler.draw(logits_RV, batch.step_1, allowed_BV, first_id=0)
 
         literal_B = batch.tables.literal(batch.state_B)
-        forced_B = batch.forced_BT.index_select(1, batch.step_1)[:, 0]
-        ids_B = torch.where(literal_B >= 0, literal_B, torch.where(forced_B >= 0, forced_B, drawn_B))
+        ids_B = torch.where(literal_B >= 0, literal_B, drawn_B)
         if not image_only:
             streams.sampler.see(ids_B, batch.tables.text_V[ids_B])
         state_B, taken_B = batch.tables.advance(batch.state_B, batch.taken_B, ids_B)

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from cm3.errors import RequestError
 from cm3.tokenizers.vocabulary import Vocabulary
 
 
@@ -78,35 +77,6 @@ class Grammar:
                     runs[index] = state.count + runs[following]
             if runs == before:
                 return runs
-
-    def check_forced(self, forced_ids: Sequence[int], max_new_tokens: int, kind_V: Int[Tensor, " V"]) -> None:
-        """Refuse ids that are to be forced (-1 is free) where they cannot stand.
-
-        Raises:
-            RequestError: the grammar has something else at a place, or it depends on the ids drawn before it.
-        """
-        fewest = self.fewest_ids()
-        state, taken = self.start, 0
-        last = max((place for place, id in enumerate(forced_ids) if id >= 0), default=-1)
-        for place, id in enumerate(forced_ids[: last + 1]):
-            current = self.states[state]
-            moves = dict(current.moves)
-            kind = Kind(int(kind_V[id])) if id >= 0 else next(iter(moves))
-            if id < 0 and len(moves) > 1:
-                raise RequestError(
-                    f"new id {last} is to be forced, but what stands there depends on new id {place}, which "
-                    "is free; force that one too"
-                )
-            taken += 1
-            left = max_new_tokens - place - 1
-            fits = state != END and kind in moves and (id < 0 or current.literal in (None, id))
-            if not fits or (current.count == 1 and fewest[moves[kind]] > left):
-                raise RequestError(
-                    f"new id {place} is to be {id}, but there may stand only "
-                    f"{' or '.join(kind.name.lower() for kind in moves)}, with {left} ids left after it"
-                )
-            if taken == current.count:
-                state, taken = moves[kind], 0
 
 
 class _Program:

@@ -25,6 +25,7 @@ from cm3.generation import grammar
 from cm3.generation.grammar import After, Span
 from cm3.generation.request import Request
 from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument
+from cm3.tokenizers.image import mask_runs
 from cm3.tokenizers.vocabulary import Vocabulary
 
 Codes = Integer[np.ndarray, "H W"]
@@ -103,19 +104,18 @@ class Prompts:
         text: Sequence[int] | None,
         *,
         negative: Sequence[int] | None = None,
-        spans: Literal["runs", "single"] = "runs",
         seeds: Sequence[int] = (0,),
     ) -> Request:
         """The codes under a mask, from the codes around it and a caption; `filled` puts them in their place.
+
+        One sentinel stands for every run of masked codes in raster order, so one for each row of a box, as
+        `ObjectiveConfig.box_probability` trains it.
 
         Args:
             mask_HW: True where codes are to be made anew.
             text: the caption; None: it is masked too, by the sentinel after those of the image, so that the
                 image's are the same in both rows of guidance.
             negative: a caption that guidance moves away from; None: the masked one.
-            spans: "runs": one sentinel for every run of masked codes in raster order, one per row of a box, as
-                `ObjectiveConfig.box_probability` trains it; "single": one sentinel from the first to the last masked
-                code, the codes between that are not masked being forced, for a model that has seen one span at most.
 
         Raises:
             RequestError: the mask is empty, or has more runs than the vocabulary has sentinels.
@@ -126,23 +126,17 @@ class Prompts:
                 f"the mask has shape {mask_HW.shape} and {int(mask_HW.sum())} masked codes; an image has "
                 f"{self.grid[0]}x{self.grid[1]} codes, mask at least one"
             )
-        masked = mask_HW.ravel()
-        bounds = _runs(masked)
-        if spans == "single":
-            bounds = [(bounds[0][0], bounds[-1][1])]
+        bounds = mask_runs(mask_HW)
         if len(bounds) >= self.vocabulary.num_sentinels:
             raise RequestError(
                 f"the mask has {len(bounds)} runs of codes, the vocabulary {self.vocabulary.num_sentinels} "
-                "sentinels; choose spans='single' or a simpler mask"
+                "sentinels; choose a simpler mask"
             )
         sentinels = [self.vocabulary.sentinel_id(index) for index in range(len(bounds) + 1)]
         holed: list[int] = []
-        forced: list[int] = []
         end = 0
         for (start, stop), sentinel in zip(bounds, sentinels, strict=False):
             holed += [*ids[end:start], sentinel]
-            forced += [-1 if masked[place] else ids[place] for place in range(start, stop)]
-            forced += [-1, -1]
             end = stop
         image = [self._break, *holed, *ids[end:], self._eos, sentinels[0]]
         moved = [Span(id, stop - start) for id, (start, stop) in zip(sentinels, bounds, strict=False)]
@@ -152,7 +146,6 @@ class Prompts:
             unconditional_ids=(self._eos, *self._caption(negative, len(bounds)), *image),
             grammar=rows,
             max_new_tokens=rows.fewest_ids()[rows.start],
-            forced_ids=tuple(forced[:-2]),
             seeds=tuple(seeds),
         )
 
@@ -197,14 +190,11 @@ class Prompts:
         self,
         codes_HW: Codes,
         mask_HW: Bool[np.ndarray, "H W"],
-        request: Request,
         new_ids: Integer[np.ndarray, " T"],
     ) -> Codes:
         """The image with the new ids of an `infill_image` request under the mask; nothing else changes."""
-        forced = np.array(request.forced_ids)
-        new = new_ids[: len(forced)][forced < 0]
         codes = codes_HW.copy()
-        codes[mask_HW] = self.vocabulary.ids_to_codes(new[self.vocabulary.is_image(new)])
+        codes[mask_HW] = self.vocabulary.ids_to_codes(new_ids[self.vocabulary.is_image(new_ids)])
         return codes
 
     @property
@@ -243,35 +233,3 @@ class Prompts:
                 f"{self.grid[0]}x{self.grid[1]}; encode it with the model's own image tokenizer"
             )
         return self.vocabulary.codes_to_ids(codes_HW.ravel()).tolist()
-
-
-def box_mask(
-    box: tuple[int, int, int, int], image_size: tuple[int, int], grid: tuple[int, int]
-) -> Bool[np.ndarray, "H W"]:
-    """The codes that a box of pixels touches.
-
-    Args:
-        box: left, top, right, bottom in pixels; right and bottom are the first pixels outside.
-        image_size: height and width in pixels.
-        grid: height and width in codes.
-
-    Raises:
-        RequestError: the box is empty or leaves the picture.
-    """
-    left, top, right, bottom = box
-    height, width = image_size
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise RequestError(
-            f"box {left},{top},{right},{bottom} does not lie in the {width}x{height} picture; give "
-            f"left,top,right,bottom with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}"
-        )
-    rows, columns = np.arange(grid[0]), np.arange(grid[1])
-    touched_H = (rows * height < bottom * grid[0]) & ((rows + 1) * height > top * grid[0])
-    touched_W = (columns * width < right * grid[1]) & ((columns + 1) * width > left * grid[1])
-    return touched_H[:, None] & touched_W[None, :]
-
-
-def _runs(masked_P: Bool[np.ndarray, " P"]) -> list[tuple[int, int]]:
-    """Start and stop of every run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], masked_P, [False]])))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

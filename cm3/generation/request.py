@@ -1,9 +1,6 @@
 """What the engine is asked for, and the check that it can be served."""
 
-from dataclasses import dataclass
-
-from jaxtyping import Int
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from cm3.errors import RequestError
 from cm3.generation.grammar import Grammar
@@ -25,10 +22,13 @@ class Request:
     None where neither can be used."""
     image_only_ids: tuple[int, ...] | None = None
     """Where the prompt has a picture and a text that are guided apart, the prompt with the picture alone."""
-    forced_ids: tuple[int, ...] = ()
-    """For each new position the id that must stand there, -1 where the model chooses. The rest is free."""
     seeds: tuple[int, ...] = (0,)
     """One sample per seed: the same seed gives the same noise, whatever else is in the batch."""
+
+    def fitted(self, max_positions: int) -> "Request":
+        """With no more new ids than the context leaves it; two where it leaves fewer, too many, which is refused."""
+        room = max(2, max_positions - len(self.prompt_ids))
+        return replace(self, max_new_tokens=min(self.max_new_tokens, room))
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,12 @@ def compared_prompts(request: Request, settings: SamplingSettings) -> tuple[tupl
     return (image_only,) if image_scale == 1 else (nothing, image_only)
 
 
-def check_request(
-    index: int, request: Request, settings: SamplingSettings, max_positions: int, kind_V: Int[Tensor, " V"]
-) -> None:
+def check_request(index: int, request: Request, settings: SamplingSettings, max_positions: int) -> None:
     """Refuse what cannot be served, before anything is computed.
 
     Args:
         index: the request's number, for the message.
         max_positions: context of the model.
-        kind_V: kind of every id, see `id_kinds`.
 
     Raises:
         RequestError: the request does not fit the context or its own budget, or guidance or contrast lacks a prompt.
@@ -128,4 +125,3 @@ def check_request(
             f"request {index} allows {request.max_new_tokens} new ids, but what it asks for takes at least "
             f"{fewest}; raise max_new_tokens"
         )
-    request.grammar.check_forced(request.forced_ids, request.max_new_tokens, kind_V)

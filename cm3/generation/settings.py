@@ -79,6 +79,14 @@ class SamplingSettings:
         return range(start, stop)
 
 
+def check_negative(negative: str, settings: SamplingSettings) -> None:
+    """Refuse a negative prompt that nothing would be compared with."""
+    if negative.strip() and settings.guidance_scale == 1 and settings.sampler not in ("cd-k", "mixed"):
+        raise RequestError(
+            f"negative={negative!r} has no effect at guidance_scale=1; raise guidance_scale, or choose sampler='cd-k'"
+        )
+
+
 def _is_interval(shares: Sequence[Any]) -> bool:
     if len(shares) != 2 or not all(isinstance(share, int | float) for share in shares):
         return False

@@ -9,7 +9,9 @@ no span is empty, none touches a boundary, and no moved span is ever cut off.
     T ids of a document   M ids of the masked document   N spans
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -18,6 +20,22 @@ from jaxtyping import Float, Int
 
 from cm3.errors import ConfigError, DataError
 from cm3.tokenizers.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is to be masked in a document."""
+
+    kind: Literal["spans", "box", "answers"]
+    """spans: drawn at random; box: a span for each row of codes of a box of an image; answers: those of an
+    instruction."""
+    num_spans: int
+
+    def within(self, room: int) -> Mask:
+        """As much of it as there is room for: fewer spans, a lower box, the answers all or none."""
+        if self.num_spans <= room:
+            return self
+        return replace(self, num_spans=0 if self.kind == "answers" else room)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +57,9 @@ class ObjectiveConfig:
     asks for them."""
     max_box_rows: int = 8
     """Most rows of a box; its rows are drawn evenly up to this, its columns up to the image's width."""
+    answer_probability: float = 0.0
+    """Chance that the answers of an instruction are masked instead of spans at random, and so are what is asked for.
+    An answer that ends its document stays in its place, where it is asked for anyway."""
     rotation_probability: float = 0.5
     """Chance that a document's spans are whole segments (a caption, an image) instead of stretches of any
     length. At 0 a short caption is practically never masked, and guidance and captioning are not learnt (spec
@@ -47,9 +68,12 @@ class ObjectiveConfig:
     """Weight of sentinels as targets: 1 in CM3Leon, 0 in CM3."""
     retrieved_loss_weight: float = 1.0
     """Weight of the tokens of retrieved documents as targets: 1 in CM3Leon, 0.1 in RA-CM3."""
+    instruction_loss_weight: float = 1.0
+    """Weight of what is no answer as targets, in documents that have answers: 1 in CM3Leon, 0 to learn from the
+    answers only (and then with answer_probability 1)."""
 
     def __post_init__(self) -> None:
-        for field in ("box_probability", "rotation_probability"):
+        for field in ("box_probability", "answer_probability", "rotation_probability"):
             if not 0.0 <= getattr(self, field) <= 1.0:
                 raise ConfigError(f"objective.{field}={getattr(self, field)} is no probability; choose 0 to 1")
         if self.max_box_rows < 1:
@@ -58,7 +82,7 @@ class ObjectiveConfig:
             raise ConfigError(
                 f"objective.min_spans={self.min_spans} and max_spans={self.max_spans}; choose 0 <= min <= max"
             )
-        for field in ("span_rate", "sentinel_loss_weight", "retrieved_loss_weight"):
+        for field in ("span_rate", "sentinel_loss_weight", "retrieved_loss_weight", "instruction_loss_weight"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"objective.{field}={getattr(self, field)} is negative; choose 0 or more")
 
@@ -67,19 +91,34 @@ class ObjectiveConfig:
         """How many ids a span adds to a sequence: its sentinel twice, and `<eoss>`."""
         return 3
 
-    def draw_num_spans(self, vocabulary: Vocabulary, rng: np.random.Generator, size: int) -> Int[np.ndarray, " size"]:
-        """Draw how many spans to mask in each of `size` documents (spec 2.1.1); -n stands for a box of n rows."""
+    def draw_masks(
+        self, vocabulary: Vocabulary, rng: np.random.Generator, num_answers_D: Int[np.ndarray, " D"]
+    ) -> list[Mask]:
+        """Draw what to mask in each of D documents (spec 2.1.1).
+
+        Args:
+            vocabulary: Its sentinels are a limit.
+            rng: Source of the draws.
+            num_answers_D: Answers of each document that have to be moved, -1 of one that is no instruction.
+        """
+        size = len(num_answers_D)
         if self.name == "causal":
-            return np.zeros(size, dtype=np.int64)
+            return [Mask("spans", 0)] * size
         if self.span_count == "poisson":
             counts = rng.poisson(self.span_rate, size)
         else:
             counts = np.full(size, 1 if self.span_count == "one" else round(self.span_rate))
         counts = np.clip(counts, self.min_spans, min(self.max_spans, vocabulary.num_sentinels))
+        masks = [Mask("spans", count) for count in counts.tolist()]
         if self.box_probability:
             rows = rng.integers(1, min(self.max_box_rows, vocabulary.num_sentinels), size, endpoint=True)
-            counts = np.where(rng.random(size) < self.box_probability, -rows, counts)
-        return counts
+            for place in np.flatnonzero(rng.random(size) < self.box_probability):
+                masks[place] = Mask("box", int(rows[place]))
+        if self.answer_probability:
+            for place in np.flatnonzero((rng.random(size) < self.answer_probability) & (num_answers_D >= 0)):
+                fits = num_answers_D[place] <= vocabulary.num_sentinels
+                masks[place] = Mask("answers", int(num_answers_D[place]) if fits else 0)
+        return masks
 
     def mask_document(
         self,
@@ -87,10 +126,30 @@ class ObjectiveConfig:
         weights_T: Float[np.ndarray, " T"],
         vocabulary: Vocabulary,
         rng: np.random.Generator,
-        num_spans: int,
+        mask: Mask,
+        answers: Int[np.ndarray, "N 2"],
     ) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
-        """Mask a document: `mask_spans`, with the loss weights of its ids moved along."""
-        return self._moved(ids_T, weights_T, draw_spans(ids_T, vocabulary, self, rng, num_spans=num_spans), vocabulary)
+        """Mask a document and weigh its ids, the weights moved along.
+
+        Args:
+            ids_T: A whole document.
+            weights_T: Loss weight of each id.
+            vocabulary: Names the boundaries and sentinels.
+            rng: Source of the spans.
+            mask: What to mask.
+            answers: Start and stop of its answers; none of one that is no instruction.
+        """
+        if mask.kind == "answers":
+            spans = answers if mask.num_spans else answers[:0]
+        else:
+            spans = draw_spans(ids_T, vocabulary, self, rng, mask=mask)
+        if not len(answers):
+            return self._moved(ids_T, weights_T, spans, vocabulary)
+        is_answer_T = np.zeros(len(ids_T), dtype=bool)
+        for start, stop in answers.tolist():
+            is_answer_T[start : stop + (not len(spans))] = True  # with the id that ends one in its place
+        weights_T = np.where(is_answer_T, weights_T, weights_T * self.instruction_loss_weight)
+        return self._moved(ids_T, weights_T, spans, vocabulary, self.instruction_loss_weight)
 
     def mask_block(
         self,
@@ -116,8 +175,10 @@ class ObjectiveConfig:
         weights_T: Float[np.ndarray, " T"],
         spans: np.ndarray,
         vocabulary: Vocabulary,
+        factor: float = 1.0,
     ) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
-        sentinel_weights = np.full(len(spans), self.sentinel_loss_weight)
+        """The masked ids and their weights; those of sentinels are multiplied by a factor."""
+        sentinel_weights = np.full(len(spans), self.sentinel_loss_weight * factor)
         return move_spans(ids_T, spans, vocabulary), _joined(weights_T, spans, sentinel_weights, 1)
 
 
@@ -128,7 +189,7 @@ def mask_spans(
     rng: np.random.Generator,
     *,
     max_length: int | None = None,
-    num_spans: int | None = None,
+    mask: Mask | None = None,
 ) -> Int[np.ndarray, " M"]:
     """Mask a document.
 
@@ -139,8 +200,8 @@ def mask_spans(
         rng: Source of the spans; make it from (seed, epoch, document), so that the masks of each epoch
             differ.
         max_length: Where the result would be longer, spans are left out at random; a moved span is never cut.
-        num_spans: Spans to draw, or -n for a box of n rows; None draws the number too. Fewer are masked where
-            they would overlap or be empty, or the document has no image for the box.
+        mask: How many spans to draw, or how many rows of a box; None draws that too. Fewer are masked where spans
+            would overlap or be empty, or the document has no image for the box.
 
     Returns:
         The masked ids; three more for each span.
@@ -148,7 +209,7 @@ def mask_spans(
     Raises:
         DataError: if the document holds sentinels already, or is by itself longer than `max_length`.
     """
-    spans = draw_spans(ids_T, vocabulary, config, rng, max_length=max_length, num_spans=num_spans)
+    spans = draw_spans(ids_T, vocabulary, config, rng, max_length=max_length, mask=mask)
     return move_spans(ids_T, spans, vocabulary)
 
 
@@ -159,7 +220,7 @@ def draw_spans(
     rng: np.random.Generator,
     *,
     max_length: int | None = None,
-    num_spans: int | None = None,
+    mask: Mask | None = None,
 ) -> Int[np.ndarray, "N 2"]:
     """Draw the spans to mask (spec 2.1); arguments as in `mask_spans`.
 
@@ -169,16 +230,17 @@ def draw_spans(
     length = len(ids_T)
     if max_length is not None and length > max_length:
         raise DataError(f"a document of {length} ids was to be masked within {max_length}; raise that or split it")
-    if num_spans is None:
-        num_spans = int(config.draw_num_spans(vocabulary, rng, 1)[0])
+    if mask is None:
+        mask = config.draw_masks(vocabulary, rng, np.array([-1]))[0]
+    num_spans = mask.num_spans
     boundary, unmaskable = _tables(vocabulary)
     if unmaskable[ids_T].any():
         raise DataError("a document to be masked holds sentinels or <eoss> already; pass it unmasked")
     if num_spans == 0:
         return np.empty((0, 2), dtype=np.int64)
     segments = _segments(boundary[ids_T])
-    if num_spans < 0:
-        spans = _draw_box(segments[vocabulary.is_image(ids_T[segments[:, 0]])], -num_spans, rng)
+    if mask.kind == "box":
+        spans = _draw_box(segments[vocabulary.is_image(ids_T[segments[:, 0]])], num_spans, rng)
         return spans if max_length is None or length + config.ids_per_span * len(spans) <= max_length else spans[:0]
     rotate = rng.random() < config.rotation_probability
     if rotate and (num_spans == 1 or num_spans < len(segments)) and len(segments):
