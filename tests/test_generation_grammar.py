@@ -1,12 +1,10 @@
 """The grammar: whatever is drawn, every stream parses, in its budget, and rows do not touch each other."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm3.errors import RequestError
 from cm3.generation import grammar
 from cm3.generation.grammar import END, After, GrammarTables, Kind, Span, id_kinds
 from cm3.model.objective import unmask
