@@ -11,11 +11,14 @@ from cm3.errors import ConfigError
 from cm3.eval.compositional_task import CompositionalGeneration, DpgPictures, GenEvalPictures
 from cm3.eval.document_tasks import Captioning, PictureMatching, Reconstruction
 from cm3.eval.frechet_task import FrechetDistance
+from cm3.eval.instruct_file_tasks import InstructionAnswers, InstructionEdits
+from cm3.eval.instruct_task import SceneInstructions
 from cm3.eval.likelihood import Likelihood
 from cm3.eval.nlvr_box import BoxCaptioning, BoxGeneration, BoxReconstruction
 from cm3.eval.report import markdown, write_report
 from cm3.eval.retrieval_tasks import DecodingStudy, RetrievedLikelihood, RetrievedSceneGeneration
 from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfilling, SceneReconstruction
+from cm3.eval.vqa_task import VisualQuestions
 from cm3.pipeline import CM3
 
 
@@ -35,6 +38,8 @@ class EvalRun:
     """Captions of held-out scenes."""
     scene_infilling: SceneInfilling | None = None
     """Objects drawn into boxes of held-out scenes."""
+    scene_instructions: SceneInstructions | None = None
+    """Edits, questions, boxes, maps, letters and long captions of held-out scenes, beside baselines."""
     box_reconstruction: BoxReconstruction | None = None
     """Round trip of NLVR boxes through the image tokenizer, graded by pixels."""
     box_generation: BoxGeneration | None = None
@@ -57,6 +62,12 @@ class EvalRun:
     """Pictures of GenEval's prompts in its folder layout."""
     dpg_pictures: DpgPictures | None = None
     """Pictures of DPG-Bench's prompts in its folder layout."""
+    instruction_answers: InstructionAnswers | None = None
+    """Answers in text to the rows of a file of instruction data, beside what the questions give away."""
+    instruction_edits: InstructionEdits | None = None
+    """Pictures made of pictures by the rows of a file of instruction data, beside a copy of the picture given."""
+    visual_questions: VisualQuestions | None = None
+    """VQA accuracy on VQAv2, OK-VQA or VizWiz, or a file of answers for their servers."""
     retrieved_likelihood: RetrievedLikelihood | None = None
     """The same behind retrieved documents."""
     retrieved_scene_generation: RetrievedSceneGeneration | None = None

@@ -20,6 +20,7 @@ from cm3.data.scene_questions import SceneQuestion
 from cm3.data.scene_tasks import InstructionExample
 from cm3.data.scene_world import MARGIN, SIDE, Scene, SceneObject, render_array, shape_mask
 from cm3.errors import DataError
+from cm3.eval.question_guesses import guesses
 from cm3.eval.report import Estimate, mean, ratio, share
 from cm3.eval.scene_readers import read_map, read_word
 from cm3.eval.scenes import read_scene
@@ -231,24 +232,12 @@ def normalized(answer: str) -> str:
 
 
 def question_prior(examples: Sequence[InstructionExample]) -> dict[str, Estimate]:
-    """The share of questions that a guess from the question alone gets right, for each kind and "all".
-
-    The guess is the most frequent answer to the same question among the other half of the examples, or to
-    questions of the same kind where the question is new. (Halves are fair; leaving out one example at a time is
-    not, since it always makes the true answer rarer.)
-    """
+    """The share of questions that `guesses` from the question alone get right, for each kind and "all"."""
     asked = [example.truth for example in examples if isinstance(example.truth, SceneQuestion)]
     right: dict[str, list[bool]] = defaultdict(list)
-    for known, guessed in ((asked[::2], asked[1::2]), (asked[1::2], asked[::2])):
-        answers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-        for item in known:
-            for key in ((item.kind, normalized(item.question)), (item.kind,)):
-                answers[key][item.answer] += 1
-        for item in guessed:
-            seen = answers.get((item.kind, normalized(item.question))) or answers[(item.kind,)]
-            guess = max(seen, key=lambda answer: (seen[answer], answer), default="")
-            right[item.kind].append(guess == item.answer)
-            right["all"].append(guess == item.answer)
+    for item, guess in zip(asked, guesses([(item.kind, normalized(item.question), item.answer) for item in asked])):
+        right[item.kind].append(guess == item.answer)
+        right["all"].append(guess == item.answer)
     return {kind: share(values) for kind, values in right.items()}
 
 

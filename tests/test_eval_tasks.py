@@ -36,7 +36,10 @@ SCENES = SceneSet(size=2)
 KINDS = ("concept", "style", "concept")
 NOT_SHARES = ("PSNR", "SSIM", "CIDEr", "BLEU", "CLIPScore", "encoder", "bits per", "seconds a", "spurious objects")
 TESTED_BELOW = {"geneval_pictures", "dpg_pictures"}
-TESTED_ELSEWHERE = {"retrieved_likelihood", "retrieved_scene_generation", "decoding"}
+TESTED_ELSEWHERE = {
+    *("retrieved_likelihood", "retrieved_scene_generation", "decoding"),
+    *("scene_instructions", "instruction_answers", "instruction_edits", "visual_questions"),
+}
 
 
 @pytest.fixture(scope="module")
