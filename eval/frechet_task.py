@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from PIL import Image as PILImage
@@ -23,6 +24,9 @@ from cm3.pipeline import CM3
 from cm3.pretrained import DEMO
 from cm3.retrieval.encoder import open_encoder
 from cm3.tokenizers.image import to_square
+
+Encode = Callable[[Sequence[PILImage.Image]], np.ndarray]
+"""Pictures to vectors, [N, D]."""
 
 _FRECHET_NAME = "encoder Fréchet distance (not FID)"
 _KERNEL_NAME = "encoder kernel distance (not KID)"
@@ -79,14 +83,13 @@ class FrechetDistance:
         encoders = {"encoder": open_encoder(self.encoder, str(model.device))}
         if self.inception is not None:  # first, so that missing weights do not cost a round of drawing
             inception = open_inception(self.inception.weights, self.inception.convention, str(model.device))
-        documents = self.pairs.open()
+        pairs = replace(self.pairs, source=replace(self.pairs.source, image_column=None))
+        documents = pairs.open()
         captions = [caption_of(document) for document in documents]
-        originals = documents if self.references is None else list(open_source(self.references))
-        real = [to_square(picture_of(document), model.image_size) for document in originals]
         spaces = {_FRECHET_NAME: encoders["encoder"].encode_images}
         if self.inception is not None:
             spaces[f"FID ({self.inception.convention})"] = inception.encode_images
-        features = {name: encode(real) for name, encode in spaces.items()}
+        features = self._real_features(model, spaces)
         metrics: dict[str, Estimate] = {}
         for scale in self.guidance_scales:
             drawn = self._draw(model, captions, scale)
@@ -107,7 +110,7 @@ class FrechetDistance:
             references={
                 **self.pairs.record(documents),
                 "pictures": to_dict(self.references) if self.references else "those of the captions",
-                "number": len(real),
+                "number": len(features[_FRECHET_NAME]),
             },
             preprocessing=square_of(model),
             sampling=model.settings(),
@@ -130,6 +133,15 @@ class FrechetDistance:
             details={"CLIPScore by the encoder that chose": circular, "files": "none; 8 bits in memory, never JPEG"},
         )
         return TaskResult("frechet", metrics, record, time.monotonic() - start)
+
+    def _real_features(self, model: CM3, spaces: Mapping[str, Encode]) -> dict[str, np.ndarray]:
+        """The vectors of the real pictures in each space; a batch of pictures is held at a time."""
+        documents = iter(open_source(self.references or self.pairs.source))
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in spaces}
+        while batch := [to_square(picture_of(item), model.image_size) for item in islice(documents, self.batch_size)]:
+            for name, encode in spaces.items():
+                parts[name].append(encode(batch))
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
     def _draw(self, model: CM3, captions: Sequence[str], scale: float) -> list[PILImage.Image]:
         """All pictures, those of one caption side by side."""
