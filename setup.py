@@ -16,6 +16,7 @@ retrieval = ["faiss-cpu>=1.9"]
 evaluation = ["scipy>=1.11", "torchmetrics>=1.6"]
 serve = ["fastapi>=0.115", "gradio>=6", "uvicorn>=0.30"]
 interop = ["transformers>=5"]
+tune = ["peft>=0.17"]
 
 setup(
     name="open-cm3",
@@ -67,6 +68,7 @@ setup(
         "eval": evaluation,
         "serve": serve,
         "interop": interop,
+        "tune": tune,
         "dev": [
             "beartype>=0.20",
             "hypothesis>=6.100",
@@ -79,6 +81,7 @@ setup(
             "wheel>=0.45",
             *interop,
             *retrieval,
+            *tune,
         ],
     },
     classifiers=[

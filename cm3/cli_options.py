@@ -34,6 +34,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a model folder, a Hugging Face Hub name, or `demo`, the model inside this package (default: demo)",
     )
+    parser.add_argument("--adapter", metavar="FOLDER", help="an adapter of that model, made by a run with lora.rank")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: cuda where there is one, else cpu)")
 
 
@@ -105,7 +106,7 @@ def load_model(args: argparse.Namespace) -> Any:
     """Load the model of `add_model` and open the memory of `add_retrieval`."""
     from cm3.pipeline import CM3
 
-    model = CM3.from_pretrained(args.model, device=args.device)
+    model = CM3.from_pretrained(args.model, adapter=args.adapter, device=args.device)
     if getattr(args, "memory", None):
         model.use_memory(args.memory, encoder=args.encoder)
     return model

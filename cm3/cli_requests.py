@@ -34,8 +34,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Draw pictures into a folder; print their files, and what ranking did."""
-    from cm3.drawing import ranking_summary
-    from cm3.gallery import save_gallery
+    from cm3.drawing import ranking_summary, retrieval_sheet
+    from cm3.gallery import save_gallery, save_image
 
     model = load_model(args)
     names = ("seed", "negative", "retrieve", "unconditional_context", "best_of", "rank", "ranker")
@@ -47,6 +47,8 @@ def generate(args: argparse.Namespace) -> None:
     pictures = [(drawing.image, drawing.record()) for drawing in drawings]
     for path in save_gallery(args.out, pictures, {**settings, "ranking": summary}):
         print(path)
+    if args.retrieve:
+        print(save_image(f"{args.out}/retrieved.png", retrieval_sheet(model, samples)))
     for name, means in summary.items():
         print(f"mean {name}: {means['first']:.3f} without re-ranking, {means['chosen']:.3f} with")
 

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image as PILImage
 
 from cm3.errors import RequestError
+from cm3.gallery import contact_sheet
 from cm3.generation.context import ContextDocument
 from cm3.generation.request import Request
 from cm3.generation.rerank import caption_likelihood, choose, own_likelihood
 from cm3.generation.settings import check_negative
 from cm3.generation.trained import TrainedModel
 from cm3.retrieval.encoder import Encoder, open_encoder
-from cm3.tokenizers.document import Document, Text
+from cm3.tokenizers.document import Document, Image, Text
 
 RankerName = Literal["likelihood", "caption", "clip", "both"]
 RANKERS: dict[str, tuple[str, ...]] = {
@@ -159,3 +160,22 @@ def fit(encoder: Encoder, prompts: Sequence[str], pictures: Sequence[PILImage.Im
     text_NE, image_NE = encoder.encode_texts(prompts), encoder.encode_images(pictures)
     fits: list[float] = (np.repeat(text_NE, len(pictures) // len(prompts), axis=0) * image_NE).sum(axis=1).tolist()
     return fits
+
+
+def retrieval_sheet(model: TrainedModel, samples: Sequence[Sequence[Drawing]]) -> PILImage.Image:
+    """A contact sheet of what `CM3.draw` returned: for each prompt the documents before it, with their scores and in
+    their order, and the pictures drawn."""
+    rows: list[tuple[str, list[PILImage.Image], list[str]]] = []
+    for drawings in samples:
+        found = drawings[0].retrieved
+        images, captions = [], []
+        for item in found:
+            segments = model.tokenizer.detokenize(item.document).segments
+            text = " ".join(part.text for part in segments if isinstance(part, Text))
+            pictures = [part.pixels for part in segments if isinstance(part, Image)]
+            images += pictures
+            captions += [f"{item.score:.3f} {text}"] * len(pictures)
+        if images:
+            rows.append((f"retrieved for: {drawings[0].prompt}", images, captions))
+        rows.append((f"drawn: {drawings[0].prompt}", [drawing.image for drawing in drawings], []))
+    return contact_sheet(rows)

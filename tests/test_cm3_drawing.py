@@ -9,8 +9,9 @@ from PIL import Image
 from tiny_retrieval import CAPTIONS, HashEncoder
 
 from cm3.data.sources import SourceConfig, open_source
-from cm3.drawing import Drawing, ranking_summary
+from cm3.drawing import Drawing, ranking_summary, retrieval_sheet
 from cm3.errors import CM3Error, DataError, ModelFilesError, RequestError
+from cm3.gallery import contact_sheet
 from cm3.generation.context import ContextFinder
 from cm3.generation.engine import Engine
 from cm3.generation.prompts import Prompts
@@ -180,6 +181,20 @@ def test_what_was_retrieved_is_on_record(model):
     assert document["row"] == drawing.retrieved[0].row
     assert document["name"].endswith(f"rows.jsonl:{document['row'] + 1}")
     assert document["score"] == pytest.approx(drawing.retrieved[0].score, abs=1e-4)
+
+
+def test_the_sheet_shows_what_was_retrieved_beside_what_was_drawn(model):
+    ((drawing,),) = samples = model.draw(PROMPTS[:1], retrieve=1)
+    (document,) = drawing.retrieved
+    shown = model.tokenizer.detokenize(document.document)
+    caption = f"{document.score:.3f} {shown.segments[0].text}"
+    rows = [
+        (f"retrieved for: {PROMPTS[0]}", [shown.segments[1].pixels], [caption]),
+        (f"drawn: {PROMPTS[0]}", [drawing.image], []),
+    ]
+    assert pixels(retrieval_sheet(model, samples)) == pixels(contact_sheet(rows))
+    plain_rows = [(f"drawn: {PROMPTS[0]}", [drawing.image], [])]
+    assert pixels(retrieval_sheet(model, [[replace(drawing, retrieved=())]])) == pixels(contact_sheet(plain_rows))
 
 
 def test_a_copy_of_the_request_is_searched_but_not_retrieved(model, memory, retrieval_folder, model_folder):

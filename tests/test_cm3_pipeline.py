@@ -8,6 +8,14 @@ import torch
 from PIL import Image
 
 from cm3.errors import CM3Error, ModelFilesError, RequestError
+from cm3.model.lora import (
+    LoRAConfig,
+    adapter_parameters,
+    add_adapter,
+    merge_adapter,
+    save_adapter,
+    weights_hash,
+)
 from cm3.pipeline import CM3
 from cm3.tokenizers.document import Document, Text
 from cm3.tokenizers.document import Image as ImageSegment
@@ -125,3 +133,18 @@ def test_refusals_say_what_was_found(model, photo, call, message):
 
 def test_request_errors_are_value_errors():
     assert issubclass(RequestError, ValueError)
+
+
+def test_an_adapter_is_merged_into_the_model_it_belongs_to(model_folder, tmp_path):
+    lora, base, by_hand = LoRAConfig(rank=2), CM3.from_pretrained(model_folder), CM3.from_pretrained(model_folder)
+    adapted = CM3.from_pretrained(model_folder).transformer
+    add_adapter(adapted, lora)
+    rng = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(each.shape, generator=rng) for name, each in adapter_parameters(adapted)}
+    hashes = {"base_hash": weights_hash(base.transformer), "tokenizer_hash": base.tokenizer.hash}
+    save_adapter(tmp_path / "adapter", tensors, base.transformer.config, lora, base="base", card="", **hashes)
+    loaded = CM3.from_pretrained(model_folder, adapter=tmp_path / "adapter")
+    merge_adapter(by_hand.transformer, lora, tensors)
+    assert loaded.hash == by_hand.hash != base.hash
+    with pytest.raises(ModelFilesError, match="belongs to the weights .* of base, found .*; load it into that model"):
+        CM3.from_pretrained("demo", adapter=tmp_path / "adapter")

@@ -1,6 +1,7 @@
 """Two processes under torchrun train exactly as plain PyTorch does, at every ZeRO stage, and agree on what to skip."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import VOCABULARY, losses, mark_as_retrieved, prepare, tiny_run
+from tiny_run import TOKENIZER_HASH, VOCABULARY, losses, mark_as_retrieved, prepare, tiny_run
 
 from cm3.checkpoint import load_tensors
 from cm3.config import dump_config
 from cm3.data.shards import ShardedDocuments
+from cm3.model.lora import LoRAConfig
 from cm3.model.objective import ObjectiveConfig
-from cm3.model.transformer import Transformer
+from cm3.training.initial import make_transformer
 from cm3.training.loss import LossModule, target_weight
 from cm3.training.optimizer import learning_rate_at, make_optimizer
 from cm3.training.train import make_loader
@@ -83,6 +85,12 @@ def plain(data, output, **changes):
     return tiny_run(data, output, **settings | {"micro_batch_rows": 1, "checkpoint_interval": 2} | changes)
 
 
+def adapted(root, name, **changes):
+    """A run that trains adapters, the embeddings among them, of the model of the run `stage 1`."""
+    lora = LoRAConfig(rank=4, train_embeddings=True)
+    return plain(root / "data", root / name, initialize_from=str(root / "stage 1" / "model"), lora=lora, **changes)
+
+
 def document_of_step_two(data):
     """The first document of the second step of such a run."""
     loader = make_loader(plain(data, data, micro_batch_rows=4), ShardedDocuments(data), evaluation=False)
@@ -99,6 +107,8 @@ def trained(tmp_path_factory):
     bad_data = mark_as_retrieved(data, root / "bad data", document_of_step_two(data))
     bad = ObjectiveConfig(retrieved_loss_weight=math.inf)
     runs = {name: plain(data, root / name, **changes) for name, changes in VARIANTS.items()}
+    if importlib.util.find_spec("peft"):
+        runs |= {f"lora {stage}": adapted(root, f"lora {stage}", zero_stage=stage) for stage in (1, 2, 3)}
     runs |= {
         f"bad {stage}": plain(bad_data, root / f"bad {stage}", objective=bad, zero_stage=stage) for stage in (0, 3)
     }
@@ -112,13 +122,17 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(trained):
+    """Losses, gradient norms and final weights of plain PyTorch."""
+    return train_plainly(plain(trained / "data", trained, micro_batch_rows=4), trained / "data")
+
+
+def train_plainly(config, data):
     """Losses, gradient norms and final weights of AdamW in plain PyTorch, a whole batch in one forward pass."""
-    config = plain(trained / "data", trained, micro_batch_rows=4)
     torch.manual_seed(config.seed)
-    module = LossModule(Transformer(config.model), VOCABULARY, config)
+    module = LossModule(make_transformer(config, TOKENIZER_HASH)[0], VOCABULARY, config)
     optimizer = make_optimizer(module, config.optimizer)
     values = {"loss": {}, "gradient_norm": {}}
-    batches = make_loader(config, ShardedDocuments(trained / "data"), evaluation=False)
+    batches = make_loader(config, ShardedDocuments(data), evaluation=False)
     for step, batch in zip(range(1, config.steps + 1), itertools.islice(batches, config.steps), strict=True):
         loss, _ = module(batch["ids_BT"], batch["document_ids_BT"], batch["weights_BT"])
         assert target_weight(batch) > 0
@@ -129,15 +143,30 @@ def reference(trained):
         optimizer.step()
         optimizer.zero_grad()
         values["loss"][step], values["gradient_norm"][step] = loss.item(), norm.item()
-    return values, {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return values, {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_train_as_plain_pytorch(trained, reference, name):
-    values, weights = reference
+    compare(trained / name, *reference)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_train_adapters_as_plain_pytorch(trained, stage):
+    pytest.importorskip("peft")
+    config = adapted(trained, "plain", micro_batch_rows=4)
+    values, weights = train_plainly(config, trained / "data")
+    assert any(".lora_A." in name for name in weights) and "model.embedding.modules_to_save.default.weight" in weights
+    compare(trained / f"lora {stage}", values, weights)
+    first, last = values["loss"][1], values["loss"][4]
+    assert last < first
+
+
+def compare(folder, values, weights):
+    """Check a run against losses, gradient norms and final weights."""
     for key, expected in values.items():
-        assert losses(trained / name, key=key) == pytest.approx(expected, rel=2e-5)
-    saved = load_tensors(trained / name / "checkpoints" / "step_00000004" / "weights.safetensors")
+        assert losses(folder, key=key) == pytest.approx(expected, rel=2e-5)
+    saved = load_tensors(folder / "checkpoints" / "step_00000004" / "weights.safetensors")
     assert saved.keys() == weights.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(saved[key], weight, rtol=1e-4, atol=1e-5)

@@ -10,16 +10,18 @@ from process_group import process_group
 from tiny_run import tiny_run
 
 from cm3.checkpoint import load_tensors
+from cm3.config import load_config
 from cm3.data.scenes import example
 from cm3.data.shards import shard_path, write_index, write_shard
 from cm3.errors import ModelFilesError
-from cm3.model.pretrained import TOKENIZER_FILES
+from cm3.model.lora import LoRAConfig, load_adapter
+from cm3.model.pretrained import TOKENIZER_FILES, load_model
 from cm3.model.transformer import Transformer
 from cm3.pipeline import CM3
 from cm3.tokenizers.document import DocumentTokenizer, ImageCodes, TextTokens, TokenizedDocument
 from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3.training import train
-from cm3.training.config import DataConfig
+from cm3.training.config import DataConfig, ModelRun
 from cm3.training.export import export_checkpoint
 from cm3.training.sums import write_sums
 
@@ -95,6 +97,27 @@ def test_without_an_average_the_weights_are_taken(run, tmp_path):
     model = CM3.from_pretrained(tmp_path / "model")
     expected = logits(load_tensors(checkpoint / "weights.safetensors"), model.transformer.config)
     assert torch.equal(run_model(model.transformer), expected)
+
+
+def test_adapters_are_merged_into_a_whole_model(run, tmp_path):
+    pytest.importorskip("peft")
+    config = load_config(ModelRun, run / "config.yaml")
+    base = shutil.copytree(run / "model", tmp_path / "base")
+    changes = {"initialize_from": str(base), "lora": LoRAConfig(rank=2), "output": str(tmp_path / "run")}
+    train.run(dataclasses.replace(config, **changes, steps=2))
+    export_checkpoint(tmp_path / "run", tmp_path / "merged")
+    merged = CM3.from_pretrained(tmp_path / "merged").transformer
+    adapted, _ = load_model(base)
+    before = run_model(adapted)
+    load_adapter(adapted, tmp_path / "run" / "adapter")
+    torch.testing.assert_close(run_model(merged), run_model(adapted))
+    assert not torch.allclose(run_model(merged), before, rtol=1e-3)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"--model {base} --adapter FOLDER" in card and "2,048 of its adapters" in card
+    shutil.copyfile(run / "model" / "config.json", base / "config.json")
+    shutil.copyfile(tmp_path / "merged" / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(ModelFilesError, match="the run adapted the weights .* restore that model"):
+        export_checkpoint(tmp_path / "run", tmp_path / "again")
 
 
 def test_what_cannot_be_exported_is_named(run, tmp_path):

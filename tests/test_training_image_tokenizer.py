@@ -287,6 +287,8 @@ def test_batches_depend_on_seed_and_step_only():
         ({"quantize_from_step": 12}, "not before the end"),
         ({"revive_after_steps": -1}, "revive_after_steps=-1"),
         ({"freeze_codes_from_step": 3}, "must come after"),
+        ({"min_code_distance": -0.1}, r"min_code_distance=-0.1; choose 0 \(off\) to below 1"),
+        ({"min_code_distance": 1.0}, "min_code_distance=1.0"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, change, message):

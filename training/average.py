@@ -11,12 +11,12 @@ class WeightAverage:
     """Exponential moving average of the weights in fp32 (Polyak averaging); sampling profits from it.
 
     Args:
-        module: Module whose parameters are averaged.
+        module: Module whose trained parameters are averaged.
         decay: Share of the old average kept at every step; early steps use (1 + step) / (10 + step) if smaller.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self._parameters = dict(module.named_parameters())
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._decay = decay
         self.tensors = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 

@@ -6,6 +6,7 @@ from typing import Literal
 from cm3.errors import ConfigError
 from cm3.generation.settings import SamplingSettings
 from cm3.model.config import ModelConfig
+from cm3.model.lora import LoRAConfig
 from cm3.model.objective import ObjectiveConfig
 from cm3.training.optimizer import OptimizerConfig
 
@@ -54,6 +55,11 @@ class ModelRun:
     """Prepared data."""
     model: ModelConfig
     """The transformer; its vocabulary size must be that of the data."""
+    initialize_from: str | None = None
+    """Model whose weights the run starts from: a folder, `owner/name` on the Hub, or `demo`; null draws them anew. Its
+    tokenizers must be those of the data and its settings those of `model:`, but for dropout and the initial values."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters of the model of `initialize_from`, which is then frozen; off by default."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """CM3 span masking or plain next-token prediction."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -82,7 +88,8 @@ class ModelRun:
     compile: bool = False
     """Compile the model with torch.compile: needs a C++ compiler, and a minute at the start."""
     evaluation_interval: int = 1000
-    """Steps between evaluations; one more follows the last step. 0 leaves only that one."""
+    """Steps between evaluations; one more follows the last step, and with `initialize_from` one comes before the
+    first. 0 leaves only the one after the last."""
     evaluation_rows: int = 256
     """Rows of an evaluation."""
     checkpoint_interval: int = 1000
@@ -96,6 +103,14 @@ class ModelRun:
     change the weights, and `skipped.jsonl` in the run folder names its documents."""
     log_interval: int = 10
     """Steps between console lines."""
+    sample_interval: int = 0
+    """Steps between sample sheets, `samples/step_00001000.png` and so on in the run folder: pictures that the weights
+    draw, and captions that they write; one more follows the last step. 0 is off. The first process makes them with a
+    copy of the weights, for which its memory must have room, while the others wait."""
+    sample_prompts: tuple[str, ...] = ()
+    """What the sheets draw; empty takes the first captions of the validation data."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that gets what TensorBoard gets; null is off."""
     generation: SamplingSettings = field(default_factory=SamplingSettings)
     """Sampling defaults that the exported model carries."""
     seed: int = 0
@@ -123,6 +138,8 @@ class ModelRun:
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay}; choose a value from 0 to below 1")
+        if self.lora.rank and self.initialize_from is None:
+            raise ConfigError(f"lora.rank={self.lora.rank} adapts a finished model; name it in initialize_from")
         if self.data.sequence_length > self.model.max_positions:
             raise ConfigError(
                 f"data.sequence_length={self.data.sequence_length} is above model.max_positions="

@@ -126,13 +126,13 @@ class Engine:
         return total.tolist()
 
     def state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole fp32 tensor on the CPU) of every parameter, whatever the ZeRO stage.
+        """Yield (name, whole fp32 tensor on the CPU) of every trained parameter, whatever the ZeRO stage.
 
         A collective: every process iterates to the end.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in trained_parameters(self.module):
             if self._is_plain:
                 value = self._plain_state(parameter, kind).detach()
             elif kind == "weights":
@@ -151,7 +151,7 @@ class Engine:
             safe_set_local_optimizer_state,
         )
 
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in trained_parameters(self.module):
             value = tensors[name].to(self.device)
             if self._is_plain:
                 self._plain_state(parameter, kind).data.copy_(value)
@@ -193,6 +193,11 @@ class Engine:
                 adam.state[partition] = {"step": torch.zeros((), device=partition.device), **moments}
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, parameter) of all that are not frozen; a tied one comes once."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
 def _device() -> torch.device:

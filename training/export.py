@@ -12,7 +12,9 @@ from cm3.config import dump_config, load_config
 from cm3.distributed import barrier, is_main, world_size
 from cm3.errors import ModelFilesError
 from cm3.model.config import parameter_count
-from cm3.model.pretrained import save_model
+from cm3.model.lora import adapter_parameter_count, merge_adapter, save_adapter, weights_hash
+from cm3.model.pretrained import load_model, save_model
+from cm3.pretrained import resolve_model
 from cm3.tokenizers.document import DocumentTokenizer
 from cm3.training.average import WeightAverage
 from cm3.training.config import ModelRun
@@ -57,8 +59,36 @@ def export_model(
     return folder
 
 
+def export_adapter(
+    folder: Path,
+    engine: Engine,
+    average: WeightAverage | None,
+    config: ModelRun,
+    state: RunState,
+    validation: dict[str, float],
+) -> Path:
+    """Write the adapter of a run, from its fp32 weights or their average. A collective."""
+    tensors = dict(average.tensors if average else engine.state("weights"))
+    if is_main():
+        save_adapter(
+            folder,
+            strip_prefix(tensors),
+            config.model,
+            config.lora,
+            base=str(config.initialize_from),
+            base_hash=state.base_hash,
+            tokenizer_hash=state.tokenizer_hash,
+            card=model_card(config, state, validation, _hardware(engine.device)),
+        )
+        print(f"wrote the adapter to {folder}", flush=True)
+    barrier()
+    return folder
+
+
 def export_checkpoint(source: str | Path, out: str | Path, tokenizers: str | Path | None = None) -> Path:
     """Write the model folder of a checkpoint: of its average of the weights where there is one, else of its weights.
+
+    A checkpoint of adapters is merged with the model that they were trained on.
 
     Args:
         source: Folder of a checkpoint, or of a run, whose newest good checkpoint is then taken.
@@ -69,7 +99,8 @@ def export_checkpoint(source: str | Path, out: str | Path, tokenizers: str | Pat
         The checkpoint that was taken.
 
     Raises:
-        ModelFilesError: there is no checkpoint or it is damaged, or the tokenizers are not those of the run.
+        ModelFilesError: there is no checkpoint or it is damaged, or the tokenizers, or the model that was adapted, are
+            not those of the run.
     """
     path = _find_checkpoint(Path(source))
     if damage := checkpoint_damage(path):
@@ -83,9 +114,12 @@ def export_checkpoint(source: str | Path, out: str | Path, tokenizers: str | Pat
             "folder that has the run's tokenizers"
         )
     has_average = (path / AVERAGE_FILE).exists()
+    tensors = strip_prefix(load_tensors(path / (AVERAGE_FILE if has_average else "weights.safetensors")))
+    if config.lora.rank:
+        tensors = _merged(config, state, tensors)
     save_model(
         Path(out),
-        strip_prefix(load_tensors(path / (AVERAGE_FILE if has_average else "weights.safetensors"))),
+        tensors,
         config.model,
         tokenizer_folder=folder,
         tokenizer_hash=state.tokenizer_hash,
@@ -94,6 +128,19 @@ def export_checkpoint(source: str | Path, out: str | Path, tokenizers: str | Pat
         dtype=EXPORT_DTYPES[config.export_precision],
     )
     return path
+
+
+def _merged(config: ModelRun, state: RunState, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the adapted model with its adapters merged into them, in fp32."""
+    transformer, _ = load_model(resolve_model(str(config.initialize_from)), dtype=torch.float32)
+    found = weights_hash(transformer)
+    if found != state.base_hash:
+        raise ModelFilesError(
+            f"the run adapted the weights {state.base_hash[:12]} of {config.initialize_from}, which now has "
+            f"{found[:12]}; restore that model"
+        )
+    merge_adapter(transformer, config.lora, tensors)
+    return transformer.state_dict()
 
 
 def _find_checkpoint(source: Path) -> Path:
@@ -123,8 +170,11 @@ def _data_names(train: str | dict[str, str]) -> str:
 def model_card(config: ModelRun, state: RunState, validation: dict[str, float], hardware: str) -> str:
     """Return the README.md of a model folder."""
     weights = f"average of decay {config.ema_decay}" if config.ema_decay else "of the last step"
+    adapters = adapter_parameter_count(config.model, config.lora)
+    trained = f", of which none was trained, and {adapters:,} of its adapters" if adapters else ""
     rows = {
-        "Parameters": f"{parameter_count(config.model):,}",
+        "Parameters": f"{parameter_count(config.model):,}{trained}",
+        "Started from": f"`{config.initialize_from}`" if config.initialize_from else "random weights",
         "Training data": _data_names(config.data.train),
         "Objective": f"{config.objective.name}, whole-segment rotation {config.objective.rotation_probability}",
         "Steps": f"{state.step:,} of {config.batch_rows} rows of {config.data.sequence_length} tokens",
@@ -137,6 +187,7 @@ def model_card(config: ModelRun, state: RunState, validation: dict[str, float], 
         "Tokenizer hash": f"`{state.tokenizer_hash[:16]}`",
     }
     rows |= {f"Validation {name.replace('_', ' ')}": f"{value:.4f}" for name, value in validation.items()}
+    use = f"--model {config.initialize_from} --adapter FOLDER" if config.lora.rank else "--model FOLDER"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: open-cm3
@@ -161,5 +212,5 @@ Trained with `cm3 train`, or `torchrun -m cm3 train` on several processes, and t
 ```yaml
 {dump_config(config, stage="model")}```
 
-Draw with it: `cm3 generate "..." --model FOLDER`.
+Draw with it: `cm3 generate "..." {use}`.
 """

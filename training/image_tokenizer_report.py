@@ -93,7 +93,7 @@ def training_line(step: int, total_steps: int, values: dict[str, float]) -> str:
         balance = f"x{values['adaptive_weight']:.2f}"
         parts.append(f"gan {values['adversarial']:.3f} {balance} d {values['discriminator']:.3f}")
     usage = f"codes {values['used_codes']:.0f} perplexity {values['perplexity']:.0f}"
-    parts.append(f"{usage} revived {values['revived_codes']:.0f}")
+    parts.append(f"{usage} revived {values['revived_codes']:.0f} separated {values['separated_codes']:.0f}")
     parts.append(f"grad {values['gradient_norm']:.2f} | lr {values['learning_rate']:.1e}")
     parts.append(f"{values['images_per_second']:.0f} img/s | eta {duration(values['eta_seconds'])}")
     return " | ".join(parts)

@@ -24,7 +24,11 @@ class ImageTokenizerState:
         self._precision = config.precision
         self.model: VQGAN = VQGAN(config.vqgan).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.codebook = CodebookLearner(
-            self.model.quantizer, config.codebook_decay, config.revive_after_steps, config.seed
+            self.model.quantizer,
+            config.codebook_decay,
+            config.revive_after_steps,
+            config.seed,
+            config.min_code_distance,
         )
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, betas=config.betas)
         self.discriminator: PatchDiscriminator | None = None

@@ -1,30 +1,33 @@
-"""What a run reports: one console line per logging step, metrics.jsonl, TensorBoard."""
+"""What a run reports: one console line per logging step, metrics.jsonl, and the trackers."""
 
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
 from cm3.checkpoint import write_text
 from cm3.training.engine import Engine
 from cm3.training.loss import SUMS
 from cm3.training.spikes import WINDOW, SpikeDetector
+from cm3.training.trackers import Tracker
 
 
 class MetricsWriter:
-    """Writes the same numbers to the console, `metrics.jsonl` and, where installed, TensorBoard."""
+    """Writes the same numbers to the console, `metrics.jsonl` and the trackers."""
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, total_steps: int, start_step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         """Open the files of a run that goes on after `start_step`; lines of later steps are dropped."""
         self.total_steps = total_steps
         path = folder / "metrics.jsonl"
-        self._file = open_metrics(path, start_step, redo_validation=start_step == total_steps)
+        self._file = open_metrics(path, start_step, redo_validation=start_step in (0, total_steps))
         self._spikes = SpikeDetector(_last_losses(path))
-        self._board = _tensorboard(folder / "tensorboard")
+        self._trackers = trackers
 
     def training(self, step: int, values: dict[str, Any]) -> None:
         """Report a training step; `values` has the keys of `training_line`, but for `loss_spike`, which is added."""
@@ -39,20 +42,24 @@ class MetricsWriter:
         print(f"{line} | {values['bits']:.3f} bits/token", flush=True)
         self._write("validation", step, values)
 
+    def samples(self, step: int, sheet: PILImage.Image, captions: Sequence[str]) -> None:
+        """Hand a sample sheet and the captions on it to the trackers."""
+        for tracker in self._trackers:
+            tracker.sheet(step, sheet, "\n".join(captions))
+
     def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
         told = {name: value if _is_json(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"split": split, "step": step, **told}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    self._board.add_scalar(f"{split}/{name}", value, step)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+        for tracker in self._trackers:
+            tracker.numbers(split, step, numbers)
 
     def close(self) -> None:
         """Flush and close the files."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class Window:
@@ -122,7 +129,8 @@ def _is_json(value: float | str) -> bool:
 def open_metrics(path: Path, start_step: int, *, redo_validation: bool = False) -> TextIO:
     """Open the lines of a run that goes on after `start_step`; later steps and a half-written line are dropped.
 
-    With `redo_validation` an evaluation at `start_step` is dropped too: the one after the last step comes again.
+    With `redo_validation` an evaluation at `start_step` is dropped too: those before the first step and after the last
+    come again.
     """
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
@@ -169,13 +177,3 @@ def duration(seconds: float) -> str:
 
 def _count(value: float) -> str:
     return f"{value / 1000:.0f}k" if value >= 10_000 else f"{value:.0f}"
-
-
-def _tensorboard(folder: Path) -> Any:
-    """Return a TensorBoard writer, or None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print(f"tensorboard is not installed: metrics go to the console and {folder.parent / 'metrics.jsonl'} only")
-        return None
-    return SummaryWriter(str(folder))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cm3.config import dump_config
 from cm3.model.config import ModelConfig, flops_per_token, parameter_count
+from cm3.model.lora import adapter_parameter_count
 from cm3.training.config import ModelRun
 
 GIB = 2**30
@@ -34,7 +35,9 @@ def memory(config: ModelRun, num_processes: int) -> Memory:
     ZeRO (arXiv 1910.02054, section 3.1 and figure 1): 2 + 2 + 12 bytes per parameter for weights, gradients and the
     optimiser's state in mixed precision; stage 1 shares out the last, 2 the gradients too, 3 all.
     """
-    parameters = parameter_count(config.model)
+    adapters = adapter_parameter_count(config.model, config.lora)
+    parameters = parameter_count(config.model) + adapters
+    trained = adapters or parameters
     width = 2 if config.precision == "bf16" else 4
 
     def shared(stage: int) -> int:
@@ -42,8 +45,8 @@ def memory(config: ModelRun, num_processes: int) -> Memory:
 
     return Memory(
         weights=parameters * width / shared(3),
-        gradients=parameters * width / shared(2),
-        optimizer=parameters * 12 / shared(1),
+        gradients=trained * width / shared(2),
+        optimizer=trained * 12 / shared(1),
         activations=activation_bytes(config),
     )
 
@@ -78,8 +81,12 @@ def show_model_run(config: ModelRun, num_processes: int = 1) -> str:
     tokens = config.batch_rows * config.data.sequence_length
     accumulation = config.accumulation_steps(num_processes)
     parts = memory(config, num_processes)
+    adapters = adapter_parameter_count(model, config.lora)
+    trained = f"; {adapters:,} of adapters are trained" if adapters else ""
     lines = {
-        "parameters": f"{parameter_count(model):,}",
+        "parameters": f"{parameter_count(model):,}, starting from "
+        + ("random ones" if config.initialize_from is None else config.initialize_from)
+        + trained,
         "tokens per step": f"{tokens:,} = {config.batch_rows} rows of {config.data.sequence_length}",
         "micro batches": f"{accumulation} of {config.micro_batch_rows} rows in each of {num_processes} processes",
         "tokens of the run": f"{tokens * config.steps:.3g} at most, in {config.steps:,} steps",

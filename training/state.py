@@ -24,7 +24,7 @@ from cm3.checkpoint import (
 from cm3.distributed import is_main
 from cm3.errors import ModelFilesError
 from cm3.training.average import WeightAverage
-from cm3.training.engine import STATE_KINDS, Engine, from_main
+from cm3.training.engine import STATE_KINDS, Engine, from_main, trained_parameters
 from cm3.training.sums import SUMS_FILE, find_damage, write_sums
 
 STATE_FILE = "state.json"
@@ -54,6 +54,8 @@ class RunState:
     """Steps without an update, because loss or gradient was not finite."""
     skipped_in_row: int = 0
     """How many of them came last, without another step between."""
+    base_hash: str = ""
+    """`weights_hash` of the frozen model whose adapters are trained; empty where all weights are."""
 
     @property
     def updates(self) -> int:
@@ -197,17 +199,25 @@ def read_state(path: Path) -> RunState:
         ) from error
 
 
-def load_checkpoint(path: Path, engine: Engine, average: WeightAverage | None, tokenizer_hash: str) -> RunState:
+def load_checkpoint(
+    path: Path, engine: Engine, average: WeightAverage | None, tokenizer_hash: str, base_hash: str = ""
+) -> RunState:
     """Restore weights, optimiser and average; return the numbers of the run.
 
     Raises:
-        ModelFilesError: A file lacks a tensor or has another shape, or the data's tokenizers are others.
+        ModelFilesError: A file lacks a tensor or has another shape, or the data's tokenizers or the frozen model are
+            others.
     """
     state = read_state(path)
     if state.tokenizer_hash != tokenizer_hash:
         raise ModelFilesError(
             f"{path} was trained with the tokenizers {state.tokenizer_hash[:12]}, the data were prepared with "
             f"{tokenizer_hash[:12]}; prepare the data with the run's tokenizers or choose another output"
+        )
+    if state.base_hash != base_hash:
+        raise ModelFilesError(
+            f"{path} holds {_trained(state.base_hash)}, this run trains {_trained(base_hash)}; give the settings and "
+            "the model of that run or choose another output"
         )
     for kind in STATE_KINDS:
         engine.load_state(kind, _read(path / f"{kind}.safetensors", engine.module))
@@ -218,8 +228,8 @@ def load_checkpoint(path: Path, engine: Engine, average: WeightAverage | None, t
 
 
 def _read(path: Path, module: nn.Module) -> dict[str, Tensor]:
-    """Read a tensor for every parameter of the module, and none else."""
-    tensors, parameters = load_tensors(path), dict(module.named_parameters())
+    """Read a tensor for every trained parameter of the module, and none else."""
+    tensors, parameters = load_tensors(path), dict(trained_parameters(module))
     missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or unexpected:
         raise ModelFilesError(
@@ -234,3 +244,7 @@ def _read(path: Path, module: nn.Module) -> dict[str, Tensor]:
                 "resume with the model settings of the run or choose another output"
             )
     return tensors
+
+
+def _trained(base_hash: str) -> str:
+    return f"adapters of the weights {base_hash[:12]}" if base_hash else "whole weights"

@@ -3,6 +3,7 @@
 The loss is the mean over all targets of a step (spec 2.3), whatever its split into processes and micro batches.
 """
 
+import dataclasses
 import itertools
 import math
 import zlib
@@ -21,41 +22,46 @@ from cm3.distributed import barrier, is_main, rank, world_size
 from cm3.errors import ConfigError
 from cm3.eval.machine import MatrixPeak
 from cm3.model.config import flops_per_token
-from cm3.model.transformer import Transformer
 from cm3.training.average import WeightAverage
 from cm3.training.config import ModelRun
 from cm3.training.engine import Engine, deepspeed_config, from_main, start_distributed
-from cm3.training.export import export_model
+from cm3.training.export import export_adapter, export_model
+from cm3.training.initial import initial_weights, make_transformer
 from cm3.training.loss import LossModule, target_weight
 from cm3.training.metrics import MetricsWriter, Window
 from cm3.training.nonfinite import SkippedSteps, check_divergence
 from cm3.training.optimizer import learning_rate_at, make_optimizer
+from cm3.training.samples import SampleSheets
 from cm3.training.state import RunState, is_verifiable, load_checkpoint, newest_checkpoint, save_checkpoint
 from cm3.training.stopping import is_due, stop_signal
+from cm3.training.trackers import open_trackers, require_wandb
 
 
 def run(config: ModelRun) -> Path | None:
-    """Train a model, or go on with an interrupted run, and export it.
+    """Train a model or its adapters, or go on with an interrupted run, and export what was trained.
 
     Returns:
-        The model folder, or None where the run was stopped by SIGTERM after saving a checkpoint.
+        The folder of the model or of the adapter; None where the run was stopped by SIGTERM after saving a checkpoint.
 
     Raises:
-        ConfigError: settings that do not fit each other, the data, or the number of processes.
-        ModelFilesError: no checkpoint of the run is good, or one cannot be written.
+        ConfigError: settings that do not fit each other, the data, the number of processes, or the model to start from.
+        ModelFilesError: no checkpoint of the run is good, one cannot be written, or there is no model to start from.
         DivergedError: too many steps in a row had a loss or gradient that is not finite.
     """
     start_distributed()
+    if config.wandb_project is not None:
+        require_wandb()
     accumulation = config.accumulation_steps(world_size())
     output, yaml = Path(config.output), dump_config(config, stage="model")
     if is_main():
         print(yaml, flush=True)
-        for folder in (output, output / "checkpoints", output / "model"):
+        for folder in (output, output / "checkpoints", output / "model", output / "adapter", output / "samples"):
             remove_leftovers(folder)  # of this run, where it was killed
         write_text(output / "config.yaml", yaml)
     barrier()
 
     train_data, validation_data = open_data(config)
+    sheets = SampleSheets(config, validation_data) if config.sample_interval else None
     loader = make_loader(config, train_data, evaluation=False)
     if loader.num_too_long:
         report(
@@ -67,7 +73,8 @@ def run(config: ModelRun) -> Path | None:
             report(str(count))
 
     torch.manual_seed(config.seed)
-    module = LossModule(Transformer(config.model), train_data.vocabulary, config)
+    transformer, base_hash = make_transformer(config, train_data.tokenizer_hash)
+    module = LossModule(transformer, train_data.vocabulary, config)
     module.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         for block in module.model.blocks:
@@ -85,18 +92,39 @@ def run(config: ModelRun) -> Path | None:
         ),
     )
     average = WeightAverage(module, config.ema_decay) if config.ema_decay else None
-    state = RunState(step=0, tokens=0, seconds=0.0, loader=loader.state(), tokenizer_hash=train_data.tokenizer_hash)
+    state = RunState(
+        step=0,
+        tokens=0,
+        seconds=0.0,
+        loader=loader.state(),
+        tokenizer_hash=train_data.tokenizer_hash,
+        base_hash=base_hash,
+    )
     if checkpoint := from_main(lambda: newest_checkpoint(output / "checkpoints")):
-        state = load_checkpoint(checkpoint, engine, average, train_data.tokenizer_hash)
+        state = load_checkpoint(checkpoint, engine, average, train_data.tokenizer_hash, base_hash)
         loader.load_state(state.loader)
         unverified = "" if is_verifiable(checkpoint) else " (unverified: it has no checksums)"
         report(f"resumed from {checkpoint}{unverified}")
+    elif config.initialize_from is not None and not config.lora.rank:
+        weights = initial_weights(config, train_data.tokenizer_hash)
+        engine.load_state("weights", weights)
+        if average:
+            average.load(weights)
+        report(f"starting from the weights of {config.initialize_from}")
+        del weights
 
-    writer = MetricsWriter(output, config.steps, state.step) if is_main() else None
+    writer = None
+    if is_main():
+        trackers = open_trackers(output, config.wandb_project, dataclasses.asdict(config))
+        writer = MetricsWriter(output, config.steps, state.step, trackers)
     skipped_steps = SkippedSteps(output, train_data, state.step) if is_main() else None
     peak = MatrixPeak(engine.device, next(module.parameters()).dtype)
     peak.measure()
     flops = flops_per_token(config.model, mean_context(config, train_data))
+    if config.initialize_from is not None and not checkpoint and config.evaluation_interval and validation_data:
+        validation = evaluate(engine, config, validation_data)
+        if writer:
+            writer.validation(0, validation)
     batches, window, stopped = iter(loader), Window(engine), False
     with stop_signal() as stop_requested:
         while state.step < config.steps and not stopped:
@@ -134,6 +162,7 @@ def run(config: ModelRun) -> Path | None:
                 seconds=state.seconds + seconds,
                 loader=loader.state(),
                 tokenizer_hash=state.tokenizer_hash,
+                base_hash=base_hash,
                 samples=zlib.crc32(np.concatenate(rows).astype(np.int64).tobytes(), state.samples),
                 skipped=state.skipped + (not applied),
                 skipped_in_row=0 if applied else state.skipped_in_row + 1,
@@ -162,6 +191,8 @@ def run(config: ModelRun) -> Path | None:
                     validation = evaluate(engine, config, validation_data)
                 if writer:
                     writer.validation(step, validation)
+            if sheets and (is_due(step, config.sample_interval) or step == config.steps):
+                sheets.draw(step, engine, average, writer)
             if is_due(step, config.checkpoint_interval) or stopped or step == config.steps:
                 save_checkpoint(
                     output / "checkpoints",
@@ -185,6 +216,8 @@ def run(config: ModelRun) -> Path | None:
         if validation:
             writer.validation(state.step, validation)
         writer.close()
+    if config.lora.rank:
+        return export_adapter(output / "adapter", engine, average, config, state, validation)
     return export_model(output / "model", engine, average, config, state, validation)
 
 

@@ -18,6 +18,7 @@ from cm3.generation.context import ContextDocument, ContextFinder
 from cm3.generation.engine import Engine
 from cm3.generation.prompts import Prompts
 from cm3.generation.settings import SamplingSettings
+from cm3.model.lora import load_adapter
 from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model
 from cm3.model.transformer import Transformer
 from cm3.pretrained import resolve_model
@@ -65,6 +66,7 @@ class TrainedModel:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        adapter: str | Path | None = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> _Model:
@@ -74,6 +76,7 @@ class TrainedModel:
             name: `demo` (inside this package), a folder, or `owner/name` on the Hugging Face Hub.
             device: Where it runs; None takes CUDA where there is one, else the CPU.
             dtype: Number format of the transformer; None is bf16 on CUDA and fp32 elsewhere.
+            adapter: Folder of an adapter that was trained on this model; it is merged into the weights.
             revision: Branch, tag or commit on the Hub.
             token: Hub token for private repositories.
 
@@ -86,7 +89,11 @@ class TrainedModel:
         tokenizer = DocumentTokenizer.load(folder)
         tokenizer.image.to(target)
         dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
-        transformer, _ = load_model(folder, tokenizer_hash=tokenizer.hash, device=target, dtype=dtype)
+        # an adapter is merged in fp32
+        transformer, _ = load_model(folder, tokenizer_hash=tokenizer.hash, dtype=torch.float32 if adapter else dtype)
+        if adapter:
+            load_adapter(transformer, adapter)
+        transformer.to(device=target, dtype=dtype)
         values = read_json(folder / GENERATION_FILE)
         unknown = set(values) - {field.name for field in fields(SamplingSettings)}
         if unknown:
