@@ -9,10 +9,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -154,9 +154,32 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelFilesError: there is no such file, or it is damaged.
     """
+    return {name: stored.shape for name, stored in _stored(Path(path)).items()}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file, not read yet."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it, such as "F32" and "BF16"."""
+
+    def read(self) -> Tensor:
+        """Return the values; nothing else of the file is read."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.name)
+
+
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds, from its header."""
+    if not path.is_file():
+        raise ModelFilesError(f"cannot read {path}: no such file; check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {name: StoredTensor(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelFilesError(f"{path} is damaged ({error}); write or download it again") from error
 
@@ -172,23 +195,43 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     Raises:
         ModelFilesError: lists missing, unexpected and wrongly shaped names; the module is then unchanged.
     """
-    own = module.state_dict()
+    check_shapes(
+        {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        source,
+        type(module).__name__,
+    )
+    module.load_state_dict(dict(tensors))
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str, target: str
+) -> None:
+    """Compare the names and shapes of tensors with those that are needed.
+
+    Args:
+        expected: name to shape, as `target` needs them.
+        found: name to shape, as `source` has them.
+        source: where the tensors come from, for the error.
+        target: what they are for, for the error.
+
+    Raises:
+        ModelFilesError: lists missing, unexpected and wrongly shaped names.
+    """
     problems = {
-        "missing": [name for name in own if name not in tensors],
-        "unexpected": [name for name in tensors if name not in own],
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
         "wrongly shaped": [
-            f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in tensors and tensors[name].shape != tensor.shape
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
         ],
     }
-    found = [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]
-    if found:
+    if listed := [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]:
         raise ModelFilesError(
-            f"the tensors of {source} do not fit {type(module).__name__}; {'; '.join(found)}. "
+            f"the tensors of {source} do not fit {target}; {'; '.join(listed)}. "
             "Use the configuration they were saved with"
         )
-    module.load_state_dict(dict(tensors))
 
 
 def _shortened(names: list[str]) -> str:
@@ -202,14 +245,31 @@ def save_model_weights(folder: str | Path, tensors: Mapping[str, Tensor], max_sh
 
     The names and the index are Hugging Face's; weight files that an earlier save left are removed.
     """
+    stream_model_weights(folder, tensors, tensors.__getitem__, max_shard_size)
+
+
+def stream_model_weights(
+    folder: str | Path,
+    planned: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write what `save_model_weights` writes with no more than one shard of it in memory.
+
+    Args:
+        folder: Made where it does not exist.
+        planned: The names, shapes and types to come; tensors on the meta device will do.
+        make: Gives the tensor of a name; called once for each.
+        max_shard_size: Bytes of a file at most, as a number or such as "5GB"; a larger tensor gets its own.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder)
     split = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern=_SHARD_PATTERN, max_shard_size=max_shard_size
+        dict(planned), filename_pattern=_SHARD_PATTERN, max_shard_size=max_shard_size
     )
     for filename, names in split.filename_to_tensors.items():
-        save_tensors(folder / filename, {name: tensors[name] for name in names})
+        save_tensors(folder / filename, {name: make(name) for name in names})
     current = set(split.filename_to_tensors)
     if split.is_sharded:
         write_json(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
@@ -225,21 +285,33 @@ def load_model_weights(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         ModelFilesError: no weights, a shard that is missing or damaged, or an index that does not fit them.
     """
+    tensors: dict[str, Tensor] = {}
+    for path in sorted({stored.path for stored in stored_tensors(folder).values()}):
+        tensors |= load_tensors(path)
+    return tensors
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Return what a folder of weights holds, from the headers of its files.
+
+    Raises:
+        ModelFilesError: no weights, a shard that is missing or damaged, or an index that does not fit them.
+    """
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).is_file():
-        return load_tensors(folder / WEIGHTS_FILE)
+        return _stored(folder / WEIGHTS_FILE)
     if not (folder / INDEX_FILE).is_file():
         raise ModelFilesError(f"{folder} holds no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
     index = read_json(folder / INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
         raise ModelFilesError(f"{folder / INDEX_FILE} has no valid weight_map; write or download it again")
-    tensors: dict[str, Tensor] = {}
+    stored: dict[str, StoredTensor] = {}
     for filename in sorted(set(weight_map.values())):
-        tensors |= load_tensors(folder / filename)
-    if tensors.keys() != weight_map.keys():
-        difference = sorted(tensors.keys() ^ weight_map.keys())
+        stored |= _stored(folder / filename)
+    if stored.keys() != weight_map.keys():
+        difference = sorted(stored.keys() ^ weight_map.keys())
         raise ModelFilesError(
             f"the shards of {folder} and {INDEX_FILE} differ in {_shortened(difference)}; download all again"
         )
-    return tensors
+    return stored

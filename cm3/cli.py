@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cm3 import __version__, cli_bench, cli_compare, cli_index, cli_instruct, cli_requests
+from cm3 import __version__, cli_bench, cli_compare, cli_import, cli_index, cli_instruct, cli_requests
 from cm3.errors import CM3Error
 
 
@@ -140,6 +140,12 @@ VERBS: dict[str, Verb] = {
         _export_arguments,
         _export,
         "cm3 export runs/demo/model --out my-model",
+    ),
+    "import": Verb(
+        "a model folder from weights of another project",
+        cli_import.add_arguments,
+        cli_import.run,
+        "cm3 import chameleon chameleon-7b my-chameleon --vqgan tokenizer/vqgan.ckpt",
     ),
     "validate": Verb(
         "check instruction data: faults, figures, a page of examples",

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from cm3.checkpoint import (
     remove_leftovers,
     save_model_weights,
     save_tensors,
+    stored_tensors,
+    stream_model_weights,
     tensor_shapes,
     write_json,
     write_text,
@@ -189,6 +192,34 @@ def test_weights_in_one_file_and_in_shards(tmp_path: Path, weights: dict[str, to
 
     save_model_weights(tmp_path, weights)
     assert names_in(tmp_path) == [checkpoint.WEIGHTS_FILE]
+
+
+def test_streamed_weights_are_made_once_and_a_shard_at_a_time(tmp_path: Path, weights: dict[str, torch.Tensor]):
+    asked, made = [], []
+
+    def make(name: str) -> torch.Tensor:
+        alive = [tensor for tensor in (reference() for reference in made) if tensor is not None]
+        assert sum(tensor.nbytes for tensor in alive) < 900
+        tensor = weights[name].clone()
+        asked.append(name)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    stream_model_weights(tmp_path / "streamed", {n: t.to("meta") for n, t in weights.items()}, make, max_shard_size=900)
+    save_model_weights(tmp_path / "saved", weights, max_shard_size=900)
+    assert sorted(asked) == sorted(weights)
+    assert names_in(tmp_path / "streamed") == names_in(tmp_path / "saved")
+    for path in (tmp_path / "saved").iterdir():
+        assert path.read_bytes() == (tmp_path / "streamed" / path.name).read_bytes()
+
+
+def test_stored_tensors_are_known_before_they_are_read(tmp_path: Path, weights: dict[str, torch.Tensor]):
+    save_model_weights(tmp_path, {**weights, "half": torch.ones(3, dtype=torch.bfloat16)}, max_shard_size=900)
+    stored = stored_tensors(tmp_path)
+    assert stored.keys() == {*weights, "half"}
+    assert (stored["layer0.weight"].shape, stored["layer0.weight"].dtype) == ((10, 10), "F32")
+    assert (stored["half"].shape, stored["half"].dtype) == ((3,), "BF16")
+    assert all(torch.equal(stored[name].read(), tensor) for name, tensor in weights.items())
 
 
 def test_faults_of_a_weights_folder(tmp_path: Path, weights: dict[str, torch.Tensor]):

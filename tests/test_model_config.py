@@ -18,6 +18,7 @@ VARIATIONS = {
     "chameleon": {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "qk_norm": True},
     "swin": {"norm": "rmsnorm", "norm_order": "swin", "num_key_value_heads": 2, "activation": "gelu"},
     "widths": {"feed_forward_width": 100, "num_key_value_heads": 1, "qk_norm": True},
+    "heads": {"num_key_value_heads": 2, "qk_norm": True, "qk_norm_per_head": True},
 }
 
 
@@ -83,6 +84,7 @@ def test_flops_count_matrices_and_attention():
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be at least 1"),
         ({"width": 12, "position": "rope"}, "even head width, found 3"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"qk_norm_per_head": True}, "qk_norm_per_head=true needs model.qk_norm=true"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"init_std": 0.0}, "init_std"),

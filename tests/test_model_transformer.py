@@ -32,7 +32,10 @@ CHAMELEON = replace(
     num_key_value_heads=2,
     tie_embeddings=False,
 )
-CONFIGS = pytest.mark.parametrize("config", [CONFIG, CHAMELEON], ids=["cm3leon", "chameleon"])
+PER_HEAD = replace(CHAMELEON, qk_norm_per_head=True)
+CONFIGS = pytest.mark.parametrize(
+    "config", [CONFIG, CHAMELEON, PER_HEAD], ids=["cm3leon", "chameleon", "chameleon-34b"]
+)
 DOCUMENTS_BT = torch.tensor([[0] * 7 + [1] * 20 + [2] * 3 + [-1] * 10, [5] * 40])
 
 
@@ -67,6 +70,24 @@ def test_no_biases_and_no_norm_weights():
     chameleon_names = [name for name, _ in build(CHAMELEON).named_parameters()]
     assert {name.split(".")[-2] for name in chameleon_names if "bias" in name} == {"q_norm", "k_norm"}
     assert "head.weight" in chameleon_names
+
+
+def test_norms_of_every_head_that_are_equal_are_the_shared_norm():
+    shared, per_head = build(CHAMELEON), build(PER_HEAD)
+    weights = {}
+    for name, tensor in shared.state_dict().items():
+        if "q_norm" in name or "k_norm" in name:
+            tensor.uniform_(0.5, 1.5)
+            weights[name] = tensor.repeat(4 if "q_norm" in name else 2)
+        else:
+            weights[name] = tensor
+    per_head.load_state_dict(weights)
+    torch.testing.assert_close(per_head(random_ids()), shared(random_ids()))
+    for name, tensor in per_head.state_dict().items():
+        if name.endswith("q_norm.weight"):
+            tensor[8:16] *= 2  # the second head alone
+    assert (per_head(random_ids()) - shared(random_ids())).abs().max() > 0.01
+    assert {tensor.ndim for name, tensor in weights.items() if "norm" in name} == {1}  # not decayed
 
 
 def test_without_zero_outputs_depth_scales_the_output_matrices():

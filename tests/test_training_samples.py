@@ -14,9 +14,11 @@ from cm3.data.scenes import example
 from cm3.data.shards import ShardedDocuments
 from cm3.errors import ModelFilesError
 from cm3.gallery import contact_sheet
+from cm3.model.lora import LoRAConfig
 from cm3.pipeline import CM3
 from cm3.training import samples, train
 from cm3.training.config import DataConfig
+from cm3.training.export import export_checkpoint
 from cm3.training.samples import HELD_OUT, PICTURES_PER_PROMPT
 
 pytest.importorskip("deepspeed")
@@ -89,6 +91,18 @@ def test_sheets_at_other_stages_draw_the_captions_of_the_validation_data(folder,
     captions = [example(0, "train", index).caption for index in range(HELD_OUT)]
     assert sheet.name == "step_00000002.png"
     assert np.array_equal(pixels(sheet), expected_sheet(folder / name, captions))
+
+
+def test_sheets_of_adapters_are_drawn_by_the_model_they_are_merged_into(folder):
+    pytest.importorskip("peft")
+    train.run(settings(folder, "base", steps=1))
+    lora = LoRAConfig(rank=2)
+    base = str(folder / "base" / "model")
+    changes = {"initialize_from": base, "lora": lora, "sample_interval": 2, "sample_prompts": PROMPTS}
+    train.run(settings(folder, "adapted", **changes))
+    export_checkpoint(folder / "adapted", folder / "adapted" / "model")
+    sheet = pixels(folder / "adapted" / "samples" / "step_00000002.png")
+    assert np.array_equal(sheet, expected_sheet(folder / "adapted", PROMPTS))
 
 
 def test_a_sheet_that_cannot_be_written_does_not_end_the_run(folder, monkeypatch, capsys):

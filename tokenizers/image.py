@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cm3.checkpoint import load_strict, load_tensors, read_json, save_tensors, write_json
 from cm3.errors import CM3Error, DataError, ModelFilesError, RequestError
+from cm3.tokenizers.taming import TamingConfig, TamingVQGAN
 from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
 
 IMAGE_TOKENIZER_WEIGHTS = "image_tokenizer.safetensors"
@@ -169,7 +170,7 @@ class ImageTokenizer:
 
     def __init__(
         self,
-        model: VQGAN,
+        model: VQGAN | TamingVQGAN,
         precision: WeightPrecision = "fp32",
         batch_size: int = 64,
     ) -> None:
@@ -182,7 +183,7 @@ class ImageTokenizer:
                     tensor.copy_(tensor.bfloat16())
 
     @property
-    def config(self) -> VQGANConfig:
+    def config(self) -> VQGANConfig | TamingConfig:
         """Shape of the network."""
         return self.model.config
 
@@ -276,11 +277,8 @@ class ImageTokenizer:
             name: tensor if name == _CODEBOOK else tensor.to(dtype) for name, tensor in self.model.state_dict().items()
         }
         save_tensors(Path(folder) / IMAGE_TOKENIZER_WEIGHTS, tensors)
-        settings = {
-            "format_version": _FORMAT_VERSION,
-            "precision": self.precision,
-            "vqgan": asdict(self.config),
-        }
+        name = "taming" if isinstance(self.model, TamingVQGAN) else "vqgan"
+        settings = {"format_version": _FORMAT_VERSION, "precision": self.precision, name: asdict(self.config)}
         write_json(Path(folder) / IMAGE_TOKENIZER_CONFIG, settings)
 
     @classmethod
@@ -297,7 +295,7 @@ class ImageTokenizer:
             raise ModelFilesError(
                 f"{path} has format_version {version}; this version of open-cm3 reads {_FORMAT_VERSION}"
             )
-        model = VQGAN(_config_from_json(settings.get("vqgan"), path))
+        model = _network_from_json(settings, path)
         source = Path(folder) / IMAGE_TOKENIZER_WEIGHTS
         load_strict(model, load_tensors(source), str(source))
         return cls(model, settings.get("precision", "fp32"))
@@ -310,8 +308,12 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _config_from_json(values: Any, path: Path) -> VQGANConfig:
+def _network_from_json(settings: dict[str, Any], path: Path) -> VQGAN | TamingVQGAN:
     try:
-        return VQGANConfig(**{**values, "channel_multipliers": tuple(values["channel_multipliers"])})
-    except (TypeError, KeyError, CM3Error) as error:
+        values = settings["taming" if "taming" in settings else "vqgan"]
+        shape: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return TamingVQGAN(TamingConfig(**shape)) if "taming" in settings else VQGAN(VQGANConfig(**shape))
+    except (TypeError, AttributeError, KeyError, CM3Error) as error:
         raise ModelFilesError(f"{path} holds no valid VQ-GAN configuration: {error}") from error

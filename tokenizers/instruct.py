@@ -210,7 +210,7 @@ def _joined(document: Document, bounds: list[list[int]], cut: TokenizedDocument)
     metadata = dict(document.metadata)
     places_in_characters, boxes = metadata.pop(ANSWER_CHARACTERS, None), metadata.pop(ANSWER_BOXES, [])
     if places_in_characters is not None:
-        places: list[list[int]] = [
+        answers: list[list[int]] = [
             [segment, tokens_before[segment][first], tokens_before[segment][stop]]
             for segment, first, stop in places_in_characters
         ]
@@ -219,6 +219,6 @@ def _joined(document: Document, bounds: list[list[int]], cut: TokenizedDocument)
             assert isinstance(picture, Image) and isinstance(codes, ImageCodes)
             width, height = picture.pixels.size
             mask_HW = box_mask(box, (height, width), codes.codes_HW.shape)
-            places += [[segment, *run] for run in mask_runs(mask_HW)]
-        metadata[ANSWERS] = sorted(places)
+            answers += [[segment, *run] for run in mask_runs(mask_HW)]
+        metadata[ANSWERS] = sorted(answers)
     return TokenizedDocument(tuple(segments), metadata)

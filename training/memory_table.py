@@ -2,25 +2,28 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from cm3.errors import ConfigError
 from cm3.training.config import ModelRun
 from cm3.training.show import GIB, memory
 
 PROCESSES = (1, 8, 64, 512)
+Stage = Literal[0, 1, 2, 3]
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 
 
 def memory_table(config: ModelRun, processes: Sequence[int] = PROCESSES) -> str:
     """Return GiB of one process for each ZeRO stage and number of processes, `-` where a stage does not go with the
     other settings or the rows of a step do not split among the processes."""
     lines = ["GiB of a process".ljust(20) + "".join(f"{count:>8} GPUs" for count in processes)]
-    for stage in (0, 1, 2, 3):
+    for stage in STAGES:
         cells = "".join(f"{_total(config, stage, count):>13}" for count in processes)
         lines.append(f"  ZeRO stage {stage}".ljust(20) + cells)
     return "\n".join(lines)
 
 
-def _total(config: ModelRun, stage: int, num_processes: int) -> str:
+def _total(config: ModelRun, stage: Stage, num_processes: int) -> str:
     try:
         config = dataclasses.replace(config, zero_stage=stage)
         config.accumulation_steps(num_processes)

@@ -151,7 +151,7 @@ class Preparer:
         self.tokenizer = DocumentTokenizer(text, image, vocabulary)
         self._tokenizer_hash = self.tokenizer.hash
         device = str(image.device)
-        self._files = fingerprint(config.data.path)
+        self._files: list[Any] = fingerprint(config.data.path) or list(self.source.streamed_files)
         self._contexts = Contexts(config.retrieval, self._tokenizer_hash, device) if config.retrieval else None
 
     @property
@@ -193,9 +193,8 @@ class Preparer:
 
     def _settings(self, rows: range) -> str:
         """A hash of all that decides the content of a shard."""
-        data = {
-            key: value for key, value in asdict(self.config.data).items() if key not in ("limit", "max_bad_fraction")
-        }
+        without_effect = ("limit", "max_bad_fraction", "stream")
+        data = {key: value for key, value in asdict(self.config.data).items() if key not in without_effect}
         content: dict[str, Any] = {
             "data": data,
             "tokenizer": self._tokenizer_hash,

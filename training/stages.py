@@ -13,6 +13,7 @@ from cm3.training import prepare as preparation
 from cm3.training import train as transformer
 from cm3.training.config import ModelRun
 from cm3.training.image_tokenizer import ImageTokenizerRun
+from cm3.training.memory_table import memory_table
 from cm3.training.prepare import PrepareConfig
 from cm3.training.retriever import RetrieverRun
 from cm3.training.show import show_model_run
@@ -43,7 +44,9 @@ def show(path: str, overrides: Sequence[str] = ()) -> str:
     """Return the resolved config of any stage; for a model also its size, FLOPs and memory. Runs nothing."""
     config_class, _ = _stage(path, _TRAINED | _PREPARED)
     config: Any = load_config(config_class, path, overrides)
-    return show_model_run(config) if isinstance(config, ModelRun) else dump_config(config, read_yaml(path)[STAGE_KEY])
+    if isinstance(config, ModelRun):
+        return f"{show_model_run(config)}\n\n{memory_table(config)}"
+    return dump_config(config, read_yaml(path)[STAGE_KEY])
 
 
 def config_class_of(path: str) -> type:

@@ -69,18 +69,7 @@ class Table:
 
         Of a folder without split names, "train" is all it has; another split is then an error.
         """
-        if Path(path).is_dir():
-            folders = (Path(path), Path(path, "data"))
-            files = [file for folder in folders for file in sorted(folder.glob(f"{split}*.parquet"))]
-            if not files and split == "train":
-                files = sorted(Path(path).glob("*.parquet"))
-            if not files:
-                raise DataError(f"{path} holds no {split}*.parquet; check path and split")
-        else:
-            files = _files(path)
-        if not files:
-            raise DataError(f"{path} holds no Parquet files; give a .parquet file, a glob or a folder of them")
-        name = f"{path}/{split}" if Path(path).is_dir() else path
+        name, files = parquet_files(path, split)
         return cls(
             _load(name, "parquet", data_files=[str(file) for file in files], split="train"), name, columns, where
         )
@@ -214,6 +203,22 @@ class WebDataset:
         if image is not None:
             row["image"] = lambda: _read_member(file, image)
         return row
+
+
+def parquet_files(path: str, split: str) -> tuple[str, list[Path]]:
+    """What to call the rows of `Table.from_parquet`, and the files that hold them."""
+    if not Path(path).is_dir():
+        files, name = _files(path), path
+    else:
+        folders = (Path(path), Path(path, "data"))
+        files, name = [file for each in folders for file in sorted(each.glob(f"{split}*.parquet"))], f"{path}/{split}"
+        if not files and split == "train":
+            files = sorted(Path(path).glob("*.parquet"))
+        if not files:
+            raise DataError(f"{path} holds no {split}*.parquet; check path and split")
+    if not files:
+        raise DataError(f"{path} holds no Parquet files; give a .parquet file, a glob or a folder of them")
+    return name, files
 
 
 def _load(name: str, *args: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from cm3.data import readers
 from cm3.data.instruct import InstructFile
 from cm3.data.scene_tasks import DEFAULT_MIX, SceneTasks
+from cm3.data.streamed import StreamedTable, UnreachableError
 from cm3.errors import CM3Error, ConfigError, DataError
 from cm3.tokenizers.document import Document, Image, Text
 from cm3.tokenizers.image import load_image
@@ -51,6 +52,11 @@ class SourceConfig:
     """Column holding the image (bytes, a path, or the {bytes, path} of `datasets`); None: text only."""
     metadata_columns: tuple[str, ...] = ()
     """Columns copied into `Document.metadata` under their own names."""
+    stream: bool = False
+    """parquet and hub: read the rows where the files lie, a row group at a time, instead of fetching all files first;
+    the path of parquet may then be an address such as https://, hf:// or s3://. Every file must be reachable, since
+    their ends are read at the start; a file of the Hub is that of one commit, one behind another address must not
+    change under its name. What cannot be read after many tries ends the run; whole shards are kept."""
     where: dict[str, list[str]] = field(default_factory=dict)
     """parquet and hub: for some columns the values, as texts, of the rows to use; empty is all rows."""
     limit: int | None = None
@@ -76,6 +82,10 @@ class SourceConfig:
             raise ConfigError("text_columns is empty and image_column is null; name at least one column to read")
         if self.where and self.kind not in ("parquet", "hub"):
             raise ConfigError(f"where chooses rows of parquet and hub, found kind={self.kind}; leave it out")
+        if self.stream and self.kind not in ("parquet", "hub"):
+            raise ConfigError(f"stream reads parquet and hub, found kind={self.kind}; leave it out")
+        if self.stream and self.where:
+            raise ConfigError("where looks at all rows first, which stream is to spare; leave one of them out")
         if self.kind in _LAID_OUT and self.metadata_columns:
             raise ConfigError(f"kind={self.kind} has no columns; leave metadata_columns out")
         if "row" in self.metadata_columns:
@@ -141,6 +151,11 @@ class Source:
             chosen = f", where={config.where}" if config.where else ""
             raise DataError(f"{config.path} has no rows for kind={config.kind}{chosen}; check path and split")
 
+    @property
+    def streamed_files(self) -> list[str]:
+        """Addresses of the files that rows are streamed from, with their commits on the Hub."""
+        return self._reader.files if isinstance(self._reader, StreamedTable) else []
+
     def __len__(self) -> int:
         limit = self.config.limit
         return len(self._reader) if limit is None else min(limit, len(self._reader))
@@ -150,6 +165,7 @@ class Source:
 
         Raises:
             DataError: naming the row, if its text or image is missing or broken.
+            UnreachableError: a remote file cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} was asked for; the source has {len(self)}")
@@ -166,6 +182,8 @@ class Source:
             if self.config.image_column is not None:
                 segments.append(Image(_image(row, self.config.image_column)))
             metadata = {column: _value(row, column) for column in self.config.metadata_columns}
+        except UnreachableError:
+            raise
         except (CM3Error, OSError) as error:
             raise DataError(f"{name}: {error}") from error
         return Document(tuple(segments), {"row": name, **metadata})
@@ -199,6 +217,8 @@ class Source:
                     yield from self._reader.texts(index, self.config.seed)
                 else:
                     yield from self._texts(self._reader.row(index))
+            except UnreachableError:
+                raise
             except (CM3Error, OSError) as error:
                 self.report.add_bad(f"{self._reader.name(index)}: {error}")
                 self.report.check(len(self), self.config.max_bad_fraction)
@@ -266,8 +286,16 @@ def _image(row: Mapping[str, Any], column: str) -> PILImage.Image:
 
 _READERS: dict[str, Callable[[SourceConfig], Reader | InstructFile | SceneTasks]] = {
     "scenes": lambda c: readers.Scenes(c.seed, c.split, c.limit or 0),
-    "parquet": lambda c: readers.Table.from_parquet(c.path, c.split, _columns(c), c.where),
-    "hub": lambda c: readers.Table.from_hub(c.path, c.subset, c.split, _columns(c), c.where),
+    "parquet": lambda c: (
+        StreamedTable.from_parquet(c.path, c.split, _columns(c), c.limit)
+        if c.stream
+        else readers.Table.from_parquet(c.path, c.split, _columns(c), c.where)
+    ),
+    "hub": lambda c: (
+        StreamedTable.from_hub(c.path, c.subset, c.split, _columns(c), c.limit)
+        if c.stream
+        else readers.Table.from_hub(c.path, c.subset, c.split, _columns(c), c.where)
+    ),
     "jsonl": lambda c: readers.JSONLines(c.path, c.image_column),
     "folder": lambda c: readers.Folder(c.path, c.image_column),
     "webdataset": lambda c: readers.WebDataset(c.path),

@@ -40,6 +40,15 @@ def as_chameleon(config: ModelConfig) -> ModelConfig:
     return replace(config, feed_forward_width=width, **_SWITCHES)
 
 
+def require_chameleon(config: ModelConfig) -> None:
+    """Raise ConfigError where the config is no Chameleon's."""
+    wrong = [name for name, value in _SWITCHES.items() if getattr(config, name) != value]
+    if wrong:
+        raise ConfigError(
+            f"Chameleon wants {', '.join(f'model.{name}={_SWITCHES[name]}' for name in wrong)}; see `as_chameleon`"
+        )
+
+
 def foreign_chameleon(config: ModelConfig) -> nn.Module:
     """The class of `transformers` in the sizes of a config, without its image tokenizer.
 
@@ -47,11 +56,7 @@ def foreign_chameleon(config: ModelConfig) -> nn.Module:
         ConfigError: the config is no Chameleon.
         MissingDependencyError: `transformers` is not installed.
     """
-    wrong = [name for name, value in _SWITCHES.items() if getattr(config, name) != value]
-    if wrong:
-        raise ConfigError(
-            f"Chameleon wants {', '.join(f'model.{name}={_SWITCHES[name]}' for name in wrong)}; see `as_chameleon`"
-        )
+    require_chameleon(config)
     try:
         from transformers import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonVQVAEConfig
     except ImportError as error:

@@ -42,6 +42,8 @@ class ModelConfig:
     """Base of the rotary wavelengths; used with position="rope"."""
     qk_norm: bool = False
     """LayerNorm with weight and bias over each head of queries and keys, before the rotation."""
+    qk_norm_per_head: bool = False
+    """A weight and bias of that norm for every head (Chameleon 34B) instead of one for all heads of a layer."""
     norm_order: Literal["pre", "swin"] = "pre"
     """pre: x + f(norm(x)); swin: x + norm(f(x)) (Chameleon 34B)."""
     dropout: float = 0.0
@@ -89,6 +91,8 @@ class ModelConfig:
                 f"model.position=rope needs an even head width, found {self.head_width} "
                 f"(width {self.width} / num_heads {self.num_heads})"
             )
+        if self.qk_norm_per_head and not self.qk_norm:
+            yield "model.qk_norm_per_head=true needs model.qk_norm=true"
         if self.key_value_heads > 0 and self.num_heads % self.key_value_heads:
             yield (
                 f"model.num_key_value_heads={self.num_key_value_heads} does not divide model.num_heads={self.num_heads}"
@@ -153,7 +157,8 @@ def _block_matrix_parameters(config: ModelConfig) -> int:
 def parameter_count(config: ModelConfig) -> int:
     """Number of trainable parameters, in closed form; a tied head counts once."""
     norm = config.width if config.norm == "rmsnorm" else 0
-    qk_norm = 4 * config.head_width if config.qk_norm else 0
+    normed_heads = config.num_heads + config.key_value_heads if config.qk_norm_per_head else 2
+    qk_norm = 2 * normed_heads * config.head_width if config.qk_norm else 0
     block = _block_matrix_parameters(config) + 2 * norm + qk_norm
     embedding = config.vocabulary_size * config.width
     head = 0 if config.tie_embeddings else embedding

@@ -32,6 +32,33 @@ class Norm(nn.Module):
         return F.rms_norm(x_BTD, self.shape, self.weight.to(x_BTD.dtype), self.epsilon)
 
 
+class HeadNorm(nn.Module):
+    """LayerNorm over each head with a weight and bias for every head.
+
+    Chameleon 34B was trained in shards that normalised their own heads, so that its heads differ. Weight and bias are
+    vectors because the optimiser decays whatever has two dimensions.
+    """
+
+    def __init__(self, num_heads: int, head_width: int, epsilon: float) -> None:
+        super().__init__()
+        self.shape = [num_heads, head_width]
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(num_heads * head_width))
+        self.bias = nn.Parameter(torch.zeros(num_heads * head_width))
+
+    def forward(self, x_BTNK: Float[Tensor, "B T N K"]) -> Float[Tensor, "B T N K"]:
+        normal_BTNK = F.layer_norm(x_BTNK, self.shape[1:], eps=self.epsilon)
+        return normal_BTNK * self.weight.view(self.shape) + self.bias.view(self.shape)
+
+
+def _qk_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
+    if not config.qk_norm:
+        return None
+    if config.qk_norm_per_head:
+        return HeadNorm(num_heads, config.head_width, config.norm_epsilon)
+    return nn.LayerNorm(config.head_width, eps=config.norm_epsilon)
+
+
 def rotary_table(positions_BT: Int[Tensor, "B T"], head_width: int, theta: float) -> Complex[Tensor, "B T 1 half"]:
     """Rotations of RoPE (arXiv:2104.09864, equation 13) as unit complex numbers, made once per forward pass.
 
@@ -57,8 +84,8 @@ class Attention(nn.Module):
         self.head_width = config.head_width
         self.qkv = nn.Linear(config.width, sum(self.heads) * self.head_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
-        self.q_norm = nn.LayerNorm(self.head_width, eps=config.norm_epsilon) if config.qk_norm else None
-        self.k_norm = nn.LayerNorm(self.head_width, eps=config.norm_epsilon) if config.qk_norm else None
+        self.q_norm = _qk_norm(config, config.num_heads)
+        self.k_norm = _qk_norm(config, config.key_value_heads)
 
     def forward(
         self,

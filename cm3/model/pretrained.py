@@ -55,6 +55,20 @@ def save_model(
         for name in TOKENIZER_FILES:
             shutil.copyfile(source / name, folder / name)
     save_model_weights(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    save_settings(folder, config, tokenizer_hash=tokenizer_hash, card=card, generation=generation, dtype=dtype)
+
+
+def save_settings(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    tokenizer_hash: str,
+    card: str,
+    generation: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write all of a model folder but its weights and tokenizers, which must be there; see `save_model`."""
+    folder = Path(folder)
     write_json(folder / GENERATION_FILE, dict(generation or {}))
     write_text(folder / CARD_FILE, card)
     write_json(  # last: a folder with a config is complete
@@ -103,6 +117,16 @@ def load_model(
     load_strict(model, tensors, str(folder))
     model.to(device=device, dtype=dtype or next(iter(tensors.values())).dtype)
     return model.eval(), config
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """Read the transformer's settings of a model folder.
+
+    Raises:
+        ModelFilesError: there is no such file, or it is not of a model of ours.
+    """
+    path = Path(folder) / CONFIG_FILE
+    return _model_config(read_json(path), path)
 
 
 def _model_config(values: Any, path: Path) -> ModelConfig:
