@@ -4,7 +4,7 @@ import json
 
 from cm3.data.scenes import SceneDataset
 from cm3.eval.demo import PROMPTS, make_demo
-from cm3.eval.scene_tasks import SceneReconstruction, SceneSet
+from cm3.eval.scene_tasks import SceneInfilling, SceneReconstruction, SceneSet
 from cm3.eval.scenes import caption_score, matches, read_scene
 from cm3.pipeline import CM3
 from cm3.pretrained import demo_folder
@@ -37,6 +37,13 @@ def test_its_captions_name_what_is_there():
     scores = [caption_score(example.scene, caption) for example, caption in zip(scenes, captions)]
     assert sum(score.objects_right for score in scores) >= 0.9 * sum(score.objects for score in scores)
     assert sum(score.spurious for score in scores) <= 0.1 * sum(score.objects for score in scores)
+
+
+def test_it_fills_a_box_with_what_is_asked_for():
+    task = SceneInfilling(scenes=SceneSet(split="validation", size=20), guidance_scale=1.0)
+    metrics = task.run(CM3.from_pretrained("demo")).metrics
+    assert metrics["prompt's object in the box"].value >= 0.8
+    assert metrics["outside unchanged"].value == 1.0
 
 
 def test_best_of_eight_draws_what_is_asked():
