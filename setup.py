@@ -69,6 +69,7 @@ setup(
         "serve": serve,
         "interop": interop,
         "tune": tune,
+        "wandb": ["wandb>=0.19"],
         "dev": [
             "beartype>=0.20",
             "hypothesis>=6.100",

@@ -53,6 +53,8 @@ HOME_OF_OPTIONAL = {
     "flash_attn": "cm3/model/attention.py",
     "transformers": ("cm3/interop/", "cm3/retrieval/foreign_clip.py"),
     "tokenizers": "cm3/interop/",
+    "peft": "cm3/model/lora.py",
+    "wandb": "training/trackers.py",
 }
 MAX_LINES = 600
 

@@ -39,6 +39,13 @@ def settings(folder, name, **changes):
     return scenes_run(folder / "data", folder / name, **changes)
 
 
+@pytest.fixture(scope="module")
+def state_without(folder):
+    """The random state after a run without sheets, which stands in the folder `without`."""
+    train.run(settings(folder, "without"))
+    return torch.random.get_rng_state()
+
+
 def pixels(path):
     with PILImage.open(path) as image:
         return np.asarray(image.convert("RGB"))
@@ -58,11 +65,9 @@ def expected_sheet(run, prompts):
     return np.asarray(contact_sheet(rows))
 
 
-def test_sheets_show_what_the_exported_model_makes_and_leave_the_training_alone(folder):
-    train.run(settings(folder, "without"))
-    state = torch.random.get_rng_state()
+def test_sheets_show_what_the_exported_model_makes_and_leave_the_training_alone(folder, state_without):
     train.run(settings(folder, "with", sample_interval=1, sample_prompts=PROMPTS))
-    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(torch.random.get_rng_state(), state_without)
 
     assert losses(folder / "with") == losses(folder / "without")
     for name in ("weights", "exp_avg", "exp_avg_sq", "average"):
@@ -93,13 +98,10 @@ def test_sheets_at_other_stages_draw_the_captions_of_the_validation_data(folder,
     assert np.array_equal(pixels(sheet), expected_sheet(folder / name, captions))
 
 
-def test_sheets_of_adapters_are_drawn_by_the_model_they_are_merged_into(folder):
+def test_sheets_of_adapters_are_drawn_by_the_model_they_are_merged_into(folder, state_without):
     pytest.importorskip("peft")
-    train.run(settings(folder, "base", steps=1))
-    lora = LoRAConfig(rank=2)
-    base = str(folder / "base" / "model")
-    changes = {"initialize_from": base, "lora": lora, "sample_interval": 2, "sample_prompts": PROMPTS}
-    train.run(settings(folder, "adapted", **changes))
+    changes = {"initialize_from": str(folder / "without" / "model"), "lora": LoRAConfig(rank=2)}
+    train.run(settings(folder, "adapted", sample_interval=2, sample_prompts=PROMPTS, **changes))
     export_checkpoint(folder / "adapted", folder / "adapted" / "model")
     sheet = pixels(folder / "adapted" / "samples" / "step_00000002.png")
     assert np.array_equal(sheet, expected_sheet(folder / "adapted", PROMPTS))

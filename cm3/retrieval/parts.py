@@ -91,8 +91,10 @@ class PartWriter:
     def _content(self, rows: range) -> str:
         """A hash of all that decides the content of a part."""
         data = asdict(replace(self.recipe.source, limit=len(self.source), max_bad_fraction=0))
-        data.pop("limit")
-        content = [data, self._hashes, [rows.start, rows.stop], fingerprint(self.recipe.source.path)]
+        for name in ("limit", "stream"):
+            data.pop(name)
+        files = fingerprint(self.recipe.source.path) or self.source.streamed_files
+        content = [data, self._hashes, [rows.start, rows.stop], files]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
