@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     vqgan = formats.add_parser("vqgan", help="a VQ-GAN of taming-transformers, or Chameleon's, as an image tokenizer")
     _add_places(vqgan, "the checkpoint, such as last.ckpt or vqgan.ckpt")
-    vqgan.add_argument("--config", metavar="FILE", help="its YAML file (default: the one beside it)")
+    vqgan.add_argument("--config", dest="settings", metavar="FILE", help="its YAML file (default: the one beside it)")
 
 
 def _add_places(parser: argparse.ArgumentParser, source: str) -> None:
@@ -48,7 +48,7 @@ def _chameleon(args: argparse.Namespace) -> str:
 def _vqgan(args: argparse.Namespace) -> str:
     from cm3.interop.taming import import_vqgan
 
-    config = import_vqgan(args.source, args.destination, args.config)
+    config = import_vqgan(args.source, args.destination, args.settings)
     size, (height, width) = config.image_size, config.grid
     return f"pictures of {size}x{size} pixels, {height}x{width} codes of {config.num_codes}"
 

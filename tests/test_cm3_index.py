@@ -163,7 +163,8 @@ def test_generate_and_caption_retrieve(cm3, model_folder, retrieval_folder, tmp_
     memory, out = retrieval_folder / "memory", tmp_path / "out"
     options = ("--retrieve", 2, "--memory", memory, "--model", model_folder, "--seed", 3)
     code, printed, _ = cm3("generate", "a red star", "--num-images", 2, "--out", out, *options)
-    assert code == 0 and printed.split() == [str(out / "000.png"), str(out / "001.png")]
+    assert code == 0 and printed.split() == [str(out / name) for name in ("000.png", "001.png", "retrieved.png")]
+    assert Image.open(out / "retrieved.png").width > Image.open(out / "000.png").width
     settings = json.loads((out / "settings.json").read_text())
     assert (settings["retrieve"], settings["memory"], settings["ranking"]) == (2, str(memory), {})
     model = CM3.from_pretrained(model_folder)

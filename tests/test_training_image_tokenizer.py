@@ -302,4 +302,4 @@ def test_impossible_settings_are_refused(tmp_path, change, message):
 def test_shipped_configs_load(path):
     overrides = [] if path.parent.name == "demo" else ["--data.path", "x", "--validation.path", "x"]
     config = load_config(ImageTokenizerRun, path, overrides)
-    assert config.vqgan.image_size == 64
+    assert config.vqgan.image_size == (128 if path.parent.name == "nlvr" else 64)
