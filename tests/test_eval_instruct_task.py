@@ -4,23 +4,15 @@ import json
 from dataclasses import fields
 
 import pytest
-import torch
+from tiny_model import scene_sized_model
 
 from cm3.data.scene_questions import SceneQuestion
 from cm3.data.scene_tasks import DEFAULT_MIX, SceneTasks
-from cm3.data.scenes import example
 from cm3.errors import ConfigError, RequestError
 from cm3.eval.instruct_requests import ask
 from cm3.eval.instruct_task import SceneInstructions
 from cm3.eval.protocol import Protocol
-from cm3.model.config import ModelConfig
-from cm3.model.transformer import Transformer
 from cm3.pipeline import CM3
-from cm3.tokenizers.document import DocumentTokenizer
-from cm3.tokenizers.image import ImageTokenizer
-from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
-from cm3.tokenizers.vocabulary import Vocabulary
-from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
 
 EVEN = dict.fromkeys(DEFAULT_MIX, 1.0)
 SOME = {"edit": 2.0, "vqa": 2.0, "segment": 1.0, "writing": 1.0, "long_caption": 1.0}
@@ -30,22 +22,7 @@ TASK = SceneInstructions(size=48, seed=2, mix=EVEN)
 @pytest.fixture(scope="module")
 def model():
     """Random weights that draw 64x64 pictures of 4x4 codes."""
-    torch.manual_seed(1)
-    captions = [example(0, "train", index).caption for index in range(100)]
-    text = TextTokenizer.train(captions, TextTokenizerConfig(vocabulary_size=320))
-    shape = {"base_channels": 16, "channel_multipliers": (1, 1), "num_residual_blocks": 1}
-    image = ImageTokenizer(VQGAN(VQGANConfig(image_size=64, downsampling=16, num_codes=32, code_width=8, **shape)))
-    vocabulary = Vocabulary.build(text.size, 32, num_sentinels=16)
-    config = ModelConfig(
-        vocabulary_size=vocabulary.size,
-        width=32,
-        num_layers=1,
-        num_heads=4,
-        max_positions=384,
-        init_std=0.3,
-        zero_init_outputs=False,
-    )
-    return CM3(Transformer(config).eval(), DocumentTokenizer(text, image, vocabulary))
+    return scene_sized_model(max_positions=384)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image as PILImage
+from tiny_model import scene_sized_model
 
 from cm3.config import load_config
 from cm3.data.scenes import example
@@ -21,15 +21,8 @@ from cm3.eval.nlvr_box import BoxCaptioning, BoxGeneration, BoxReconstruction
 from cm3.eval.protocol import Protocol
 from cm3.eval.run import EvalRun, evaluate
 from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfilling, SceneReconstruction, SceneSet
-from cm3.model.config import ModelConfig
-from cm3.model.transformer import Transformer
 from cm3.pipeline import CM3
 from cm3.pretrained import demo_folder
-from cm3.tokenizers.document import DocumentTokenizer
-from cm3.tokenizers.image import ImageTokenizer
-from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
-from cm3.tokenizers.vocabulary import Vocabulary
-from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/eval.yaml"))
 SCENES = SceneSet(size=2)
@@ -45,22 +38,7 @@ TESTED_ELSEWHERE = {
 @pytest.fixture(scope="module")
 def model():
     """Random weights that draw 64x64 pictures of 4x4 codes, the size of scenes and boxes."""
-    torch.manual_seed(1)
-    captions = [example(0, "train", index).caption for index in range(100)]
-    text = TextTokenizer.train(captions, TextTokenizerConfig(vocabulary_size=320))
-    shape = {"base_channels": 16, "channel_multipliers": (1, 1), "num_residual_blocks": 1}
-    image = ImageTokenizer(VQGAN(VQGANConfig(image_size=64, downsampling=16, num_codes=32, code_width=8, **shape)))
-    vocabulary = Vocabulary.build(text.size, 32, num_sentinels=16)
-    config = ModelConfig(
-        vocabulary_size=vocabulary.size,
-        width=32,
-        num_layers=1,
-        num_heads=4,
-        max_positions=96,
-        init_std=0.3,
-        zero_init_outputs=False,
-    )
-    return CM3(Transformer(config).eval(), DocumentTokenizer(text, image, vocabulary))
+    return scene_sized_model(max_positions=96)
 
 
 @pytest.fixture(scope="module")

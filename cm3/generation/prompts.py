@@ -132,14 +132,14 @@ class Prompts:
                 f"the mask has {len(bounds)} runs of codes, the vocabulary {self.vocabulary.num_sentinels} "
                 "sentinels; choose a simpler mask"
             )
-        sentinels = [self.vocabulary.sentinel_id(index) for index in range(len(bounds) + 1)]
+        sentinels = [self.vocabulary.sentinel_id(index) for index in range(len(bounds))]
         holed: list[int] = []
         end = 0
-        for (start, stop), sentinel in zip(bounds, sentinels, strict=False):
+        for (start, stop), sentinel in zip(bounds, sentinels, strict=True):
             holed += [*ids[end:start], sentinel]
             end = stop
         image = [self._break, *holed, *ids[end:], self._eos, sentinels[0]]
-        moved = [Span(id, stop - start) for id, (start, stop) in zip(sentinels, bounds, strict=False)]
+        moved = [Span(id, stop - start) for id, (start, stop) in zip(sentinels, bounds, strict=True)]
         rows = grammar.infill(moved, self.vocabulary.eoss_id)
         return Request(
             prompt_ids=(self._eos, *self._caption(text, len(bounds)), *image),
