@@ -18,6 +18,7 @@ from cm3.eval.caption_words import caption_words
 from cm3.eval.image_metrics import psnr, ssim
 from cm3.eval.protocol import BOOTSTRAP, NORMAL, WILSON, protocol
 from cm3.eval.report import Estimate, TaskResult, mean, of_sums, proportion
+from cm3.eval.sheets import pairs_sheet
 from cm3.eval.task import fingerprint
 from cm3.pipeline import CM3, MAX_CAPTION_TOKENS
 from cm3.tokenizers.document import Document, Image, Text
@@ -206,12 +207,14 @@ class PictureMatching:
         documents = self.pairs.open()
         originals_NF = np.stack([self._thumbnail(picture_of(document)) for document in documents])
         metrics: dict[str, Estimate] = {}
+        pictures: dict[str, list[PILImage.Image]] = {}
         for scale in self.guidance_scales:
             drawn: list[PILImage.Image] = []
             for first in range(0, len(documents), self.batch_size):
                 captions = [caption_of(document) for document in documents[first : first + self.batch_size]]
-                pictures = model.generate(captions, seed=self.seed, guidance_scale=scale)
-                drawn += [samples[0] for samples in pictures]
+                images = model.generate(captions, seed=self.seed, guidance_scale=scale)
+                drawn += [samples[0] for samples in images]
+            pictures[f"guidance {scale:g}"] = drawn
             ranks = []
             for index, picture in enumerate(drawn):
                 distances_N = ((originals_NF - self._thumbnail(picture)) ** 2).mean(1)
@@ -236,7 +239,8 @@ class PictureMatching:
             metrics={"recall@k": "rank of the original by mean squared difference of small RGB pictures"},
             interval=WILSON,
         )
-        return TaskResult("picture matching", metrics, record, time.monotonic() - start)
+        sheet = pairs_sheet(model, captions, [picture_of(document) for document in documents], pictures)
+        return TaskResult("picture matching", metrics, record, time.monotonic() - start, sheet)
 
     def _thumbnail(self, image: PILImage.Image) -> np.ndarray:
         side = self.thumbnail_side

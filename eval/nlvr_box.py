@@ -12,12 +12,14 @@ from typing import Any
 from PIL.Image import Image
 
 from cm3.data.sources import SourceConfig
+from cm3.drawing import RankerName
 from cm3.errors import DataError
 from cm3.eval.document_tasks import PairSet, caption_of, picture_of, square_of
 from cm3.eval.image_metrics import psnr
 from cm3.eval.nlvr_reader import BoxKind, kinds, parse_box_caption, read_box
-from cm3.eval.protocol import BOOTSTRAP, NORMAL, WILSON, protocol
+from cm3.eval.protocol import BOOTSTRAP, NORMAL, WILSON, protocol, ranking
 from cm3.eval.report import Estimate, TaskResult, mean, ratio, share
+from cm3.eval.sheets import pairs_sheet
 from cm3.pipeline import CM3
 from cm3.tokenizers.document import Document
 from cm3.tokenizers.image import to_square
@@ -102,26 +104,33 @@ class BoxGeneration:
     """Draw from the k likeliest tokens; 0 = off."""
     top_p: float = 1.0
     """Nucleus size; 1 = off."""
+    best_of: int = 1
+    """Candidates a picture, of which the best by `rank` is graded."""
+    rank: RankerName | None = None
+    """How it is chosen, see `CM3.draw`."""
     seed: int = 0
     """Seed of the sampling."""
     batch_size: int = 64
-    """Pictures drawn at a time; the pictures do not depend on it."""
+    """Captions drawn at a time; the pictures do not depend on it."""
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
         pairs = PairSet(source=self.source)
         documents = pairs.open()
         captions, wanted = [caption_of(document) for document in documents], _stated(documents)
+        chosen: dict[str, Any] = {"best_of": self.best_of, "rank": self.rank}
         sampling: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         metrics: dict[str, Estimate] = {}
+        drawn: dict[str, list[Image]] = {}
         for scale in self.guidance_scales:
-            drawn: list[Kinds] = []
+            pictures: list[Image] = []
             for first in range(0, len(captions), self.batch_size):
                 batch = captions[first : first + self.batch_size]
-                pictures = model.generate(batch, seed=self.seed, guidance_scale=scale, **sampling)
-                drawn += _read([samples[0] for samples in pictures])
-            for name, value in _picture_metrics(drawn, wanted).items():
+                images = model.generate(batch, seed=self.seed, guidance_scale=scale, **chosen, **sampling)
+                pictures += [samples[0] for samples in images]
+            for name, value in _picture_metrics(_read(pictures), wanted).items():
                 metrics[f"{name}, guidance {scale:g}"] = value
+            drawn[f"guidance {scale:g}"] = pictures
         record = protocol(
             model,
             captions,
@@ -131,11 +140,12 @@ class BoxGeneration:
             retrieve=0,
             seed=self.seed,
             samples_per_prompt=1,
-            re_ranking="none",
+            re_ranking=ranking(self.best_of, self.rank),
             metrics={"grader": "cm3.eval.nlvr_reader against the caption"},
             interval=f"shares of pictures: {WILSON}; shares of objects: {BOOTSTRAP}",
         )
-        return TaskResult("box generation", metrics, record, time.monotonic() - start)
+        sheet = pairs_sheet(model, captions, [picture_of(document) for document in documents], drawn)
+        return TaskResult("box generation", metrics, record, time.monotonic() - start, sheet)
 
 
 def _picture_metrics(drawn: Sequence[Kinds], wanted: Sequence[Kinds]) -> dict[str, Estimate]:

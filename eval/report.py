@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from cm3.checkpoint import write_json, write_text
+from cm3.gallery import save_image
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class TaskResult:
     metrics: dict[str, Estimate]
     protocol: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    sheet: Image | None = field(default=None, compare=False)
+    """Some of the pictures that the figures are of."""
 
 
 def markdown(results: Sequence[TaskResult]) -> str:
@@ -134,10 +138,23 @@ def markdown(results: Sequence[TaskResult]) -> str:
 
 
 def write_report(folder: Path, results: Sequence[TaskResult], header: dict[str, Any]) -> None:
-    """Write `results.json` (everything, with the protocol record) and `results.md` (the table)."""
+    """Write `results.json` (everything, with the protocol record), `results.md` (the table), and the sheets as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", {**header, "results": [_finite(asdict(result)) for result in results]})
+    write_json(folder / "results.json", {**header, "results": [_plain(result) for result in results]})
     write_text(folder / "results.md", markdown(results))
+    for result in results:
+        if result.sheet is not None:
+            save_image(folder / f"{result.task.replace(' ', '_')}.png", result.sheet)
+
+
+def _plain(result: TaskResult) -> dict[str, Any]:
+    """A result as JSON values, without its sheet."""
+    return {
+        "task": result.task,
+        "metrics": {name: _finite(asdict(estimate)) for name, estimate in result.metrics.items()},
+        "protocol": _finite(result.protocol),
+        "seconds": result.seconds,
+    }
 
 
 def _finite(value: Any) -> Any:

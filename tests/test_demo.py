@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+from tiny_model import scene_sized_model
+
 from cm3.data.scenes import SceneDataset
-from cm3.eval.demo import PROMPTS, make_demo
+from cm3.eval.demo import PROMPTS, main, make_demo
 from cm3.eval.scene_tasks import SceneInfilling, SceneReconstruction, SceneSet
 from cm3.eval.scenes import caption_score, matches, read_scene
 from cm3.pipeline import CM3
@@ -21,6 +24,16 @@ def test_make_demo_writes_pictures_settings_and_a_sheet(tmp_path):
     assert sheet.is_file()
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert [entry["prompt"] for entry in settings["images"]] == list(PROMPTS)
+
+
+def test_the_sheet_is_made_with_other_models_and_prompts_too(tmp_path, monkeypatch, capsys):
+    scene_sized_model(256).save_pretrained(tmp_path / "model")
+    sheet = make_demo(tmp_path / "out", str(tmp_path / "model"), ["a cat", "two dogs"], num_images=2)
+    assert sheet.is_file() and len(list(sheet.parent.glob("0*.png"))) == 4
+    monkeypatch.setattr("sys.argv", ["demo", "--model", str(tmp_path / "missing")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "missing" in capsys.readouterr().err
 
 
 def test_its_image_tokenizer_keeps_scenes():

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cm3.eval.document_tasks import word_f1
 from cm3.eval.report import Estimate, TaskResult, average, mean, of_sums, proportion, ratio, share, write_report
@@ -95,6 +96,19 @@ def test_report_holds_numbers_and_protocol(tmp_path):
     assert values["model_hash"] == "abc" and values["results"][0]["protocol"] == {"seed": 3, "scales": [1.0, None]}
     assert values["results"][0]["metrics"]["none"]["value"] is None
     assert "| task | share | 0.5 |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_sheet_is_written_beside_the_figures_and_not_into_them(tmp_path):
+    result = TaskResult("picture matching", {"share": proportion(1, 2)}, sheet=Image.new("RGB", (3, 2), "red"))
+    write_report(tmp_path, [result, TaskResult("other", {})], {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture_matching.png", "results.json", "results.md"]
+    assert Image.open(tmp_path / "picture_matching.png").getpixel((0, 0)) == (255, 0, 0)
+    assert set(json.loads((tmp_path / "results.json").read_text())["results"][0]) == {
+        "task",
+        "metrics",
+        "protocol",
+        "seconds",
+    }
 
 
 def test_share_leaves_out_what_is_not_stated():
