@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cm3 import __version__, cli_bench, cli_compare, cli_import, cli_index, cli_instruct, cli_requests
+from cm3 import __version__, cli_bench, cli_compare, cli_export, cli_import, cli_index, cli_instruct, cli_requests
 from cm3.errors import CM3Error
 
 
@@ -42,18 +42,6 @@ def _prepare(args: argparse.Namespace) -> None:
     from cm3.training.stages import prepare
 
     prepare(args.config, args.overrides)
-
-
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a checkpoint folder, or that of a run: its newest good one")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the model folder to write")
-    parser.add_argument("--tokenizers", metavar="FOLDER", help="where the data of the run no longer lie at their place")
-
-
-def _export(args: argparse.Namespace) -> None:
-    from cm3.training.export import export_checkpoint
-
-    print(f"{args.out}: from {export_checkpoint(args.checkpoint, args.out, args.tokenizers)}")
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -136,9 +124,9 @@ VERBS: dict[str, Verb] = {
         "cm3 eval configs/demo/eval.yaml --model demo",
     ),
     "export": Verb(
-        "a model folder from a checkpoint of training",
-        _export_arguments,
-        _export,
+        "a model folder from a checkpoint of training, or in the format of another project",
+        cli_export.add_arguments,
+        cli_export.run,
         "cm3 export runs/demo/model --out my-model",
     ),
     "import": Verb(

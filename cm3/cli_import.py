@@ -11,17 +11,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT", title="formats")
 
     chameleon = formats.add_parser(
-        "chameleon", help="a Chameleon in Hugging Face's format, such as facebook/chameleon-7b"
+        "chameleon", help="a Chameleon, Anole or Lumina-mGPT, in Hugging Face's format or in Meta's own"
     )
-    _add_places(chameleon, "a folder with config.json, tokenizer.json and safetensors")
+    _add_places(chameleon, "a folder with config.json, tokenizer.json and safetensors, or with models/7b and tokenizer")
     chameleon.add_argument(
-        "--vqgan", metavar="FILE", help="Chameleon's vqgan.ckpt: the decoder of pictures, which SOURCE lacks"
+        "--vqgan",
+        metavar="FILE",
+        help="Chameleon's vqgan.ckpt: the decoder of pictures, which Hugging Face's format lacks",
     )
     chameleon.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
 
-    vqgan = formats.add_parser("vqgan", help="a VQ-GAN of taming-transformers, or Chameleon's, as an image tokenizer")
-    _add_places(vqgan, "the checkpoint, such as last.ckpt or vqgan.ckpt")
-    vqgan.add_argument("--config", dest="settings", metavar="FILE", help="its YAML file (default: the one beside it)")
+    vqgan = formats.add_parser(
+        "vqgan", help="a VQ-GAN of taming-transformers, Chameleon's or LlamaGen's, as an image tokenizer"
+    )
+    _add_places(vqgan, "the checkpoint, such as last.ckpt, vqgan.ckpt or vq_ds16_c2i.pt")
+    vqgan.add_argument(
+        "--config",
+        dest="settings",
+        metavar="FILE",
+        help="its YAML file (default: the one beside it); LlamaGen has none",
+    )
+    vqgan.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="side of the pictures, of LlamaGen's (default: 256)"
+    )
 
 
 def _add_places(parser: argparse.ArgumentParser, source: str) -> None:
@@ -46,9 +58,9 @@ def _chameleon(args: argparse.Namespace) -> str:
 
 
 def _vqgan(args: argparse.Namespace) -> str:
-    from cm3.interop.taming import import_vqgan
+    from cm3.interop.vqgan import import_vqgan
 
-    config = import_vqgan(args.source, args.destination, args.settings)
+    config = import_vqgan(args.source, args.destination, args.settings, image_size=args.image_size)
     size, (height, width) = config.image_size, config.grid
     return f"pictures of {size}x{size} pixels, {height}x{width} codes of {config.num_codes}"
 

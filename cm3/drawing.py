@@ -72,6 +72,7 @@ def draw(
     sampling: Mapping[str, Any],
 ) -> list[list[Drawing]]:
     """For each prompt its drawings; arguments as in `CM3.draw`."""
+    model.tokenizer.image.require_decoder()
     if num_images < 1:
         raise RequestError(f"num_images={num_images}; ask for at least 1")
     if unconditional_context not in ("keep", "drop"):

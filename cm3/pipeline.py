@@ -116,6 +116,8 @@ class CM3(TrainedModel):
     ) -> str | list[str]:
         """Describe pictures, by filling in the masked text of `</s> <mask> <break> image </s>` (section 2.2).
 
+        A model that answers in turns (an imported Chameleon) is asked what it sees.
+
         Args:
             image: One picture or several; each is cropped to its central square and resized.
             seed: Seed of each caption.
@@ -254,7 +256,8 @@ class CM3(TrainedModel):
             sampling: Fields of `SamplingSettings` that replace the model's defaults.
 
         Raises:
-            RequestError: the picture is broken, or the box is empty or leaves its central square.
+            RequestError: the picture is broken, the box is empty or leaves its central square, or the model has no
+                sentinels (an imported Chameleon).
         """
         return regions.infill(self, image, box=box, prompt=prompt, negative=negative, seed=seed, sampling=sampling)
 
@@ -262,6 +265,8 @@ class CM3(TrainedModel):
         self, beginning: str | Document, *, max_new_tokens: int | None = None, seed: int = 0, **sampling: Any
     ) -> Document:
         """Write on from a beginning, in text and pictures as the model chooses, to the end of the document.
+
+        A model whose image tokenizer has no decoder writes text only.
 
         Args:
             beginning: A text, or a document of texts and pictures.

@@ -9,6 +9,7 @@ from cm3.generation import grammar
 from cm3.generation.grammar import END, After, GrammarTables, Kind, Span, id_kinds
 from cm3.model.objective import unmask
 from cm3.tokenizers.document import ImageCodes, TextTokens, document_from_ids
+from cm3.tokenizers.layout import Layout
 from cm3.tokenizers.vocabulary import IdRange, Vocabulary
 
 VOCABULARY = Vocabulary.build(20, 8, num_sentinels=6, multiple=8)
@@ -17,11 +18,16 @@ CODES = 6
 EOS, BREAK, EOSS = VOCABULARY.eos_id, VOCABULARY.break_id, VOCABULARY.eoss_id
 TEXT, IMAGE = 7, VOCABULARY.image_range.start
 CPU = torch.device("cpu")
+FRAMED = Vocabulary(
+    (IdRange("s", "special", 0, 7), IdRange("i", "image", 7, 8), IdRange("t", "text", 15, 9)),
+    {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<begin>": 4, "<end>": 5, "<turn>": 6},
+    Layout(start="<s>", between=None, image_start="<begin>", image_end="<end>", turn_end="<turn>"),
+)
 
 
-def walk(grammars, budgets, rng):
+def walk(grammars, budgets, rng, vocabulary=VOCABULARY):
     """New ids of rows that take any allowed id; kinds are equally likely, so that rare paths are taken."""
-    tables = GrammarTables(grammars, VOCABULARY, CPU)
+    tables = GrammarTables(grammars, vocabulary, CPU)
     state, left = torch.tensor(tables.starts), torch.tensor(budgets)
     taken = torch.zeros_like(state)
     streams = [[] for _ in grammars]
@@ -98,6 +104,35 @@ def test_interleaved_documents_reach_both_kinds_of_segment():
     assert all(len(ids) <= 60 for ids in streams)
 
 
+@settings(max_examples=15)
+@given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from(list(After)))
+def test_documents_of_framed_images_parse(seed, budget, after):
+    prompt = {After.BREAK: [0], After.TEXT: [0, 15], After.IMAGE: [0, 4, *[7] * CODES, 5]}[after]
+    rows = [grammar.interleaved(CODES, after, FRAMED.layout, images=images) for images in (True, False)]
+    streams = walk(rows, [budget] * 2, np.random.default_rng(seed), FRAMED)
+    for stream in streams:
+        assert stream[-1] == 2 and document_from_ids(prompt + stream, FRAMED, GRID)
+    assert FRAMED.is_text(np.array(streams[1][:-1])).all()
+
+
+def test_framed_images_come_where_they_fit():
+    streams = walk(
+        [grammar.interleaved(CODES, After.BREAK, FRAMED.layout)] * 20, [40] * 20, np.random.default_rng(0), FRAMED
+    )
+    documents = [document_from_ids([0, *ids], FRAMED, GRID) for ids in streams]
+    assert max(sum(isinstance(part, ImageCodes) for part in document.segments) for document in documents) >= 2
+    tables = GrammarTables([grammar.interleaved(CODES, After.BREAK, FRAMED.layout)], FRAMED, CPU)
+    for left, fits in ((1 + CODES + 1 + 1, True), (1 + CODES + 1, False)):
+        allowed = tables.allowed(torch.tensor(tables.starts), torch.tensor([left]))[0]
+        assert allowed.nonzero().flatten().tolist() == [2, *([4] if fits else []), *range(15, 24)]
+
+
+def test_without_images_only_text_comes():
+    streams = walk([grammar.interleaved(CODES, After.BREAK, images=False)] * 5, [30] * 5, np.random.default_rng(0))
+    parts = [part for ids in streams for part in document_from_ids([EOS, *ids], VOCABULARY, GRID).segments]
+    assert len(parts) > 5 and {type(part) for part in parts} == {TextTokens}
+
+
 def test_an_image_begins_only_if_all_of_it_fits():
     tables = GrammarTables([grammar.interleaved(CODES, After.BREAK)], VOCABULARY, CPU)
     state = torch.tensor(tables.starts)
@@ -146,3 +181,4 @@ def test_kinds_leave_out_special_ids_among_the_text_and_follow_any_table():
     names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<break>": 12, "<eoss>": 13, "<sentinel:0>": 14}
     kinds = id_kinds(Vocabulary((*ranges, special), names))
     assert kinds.tolist() == [5, 5, 3, 5, 1, 1, 1, 0, 0, 0, 0, 0, 2, 4, 5]
+    assert id_kinds(FRAMED).tolist() == [5, 5, 3, 5, 6, 7, 5, *[1] * 8, *[0] * 9]

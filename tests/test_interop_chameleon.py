@@ -9,9 +9,9 @@ import torch
 from cm3.checkpoint import INDEX_FILE, load_model_weights, load_tensors, read_json, save_tensors, write_json
 from cm3.cli import main
 from cm3.errors import ConfigError, ModelFilesError, RequestError
-from cm3.interop.chameleon_hf import export_chameleon, import_chameleon
+from cm3.interop.chameleon_export import export_chameleon
+from cm3.interop.chameleon_hf import import_chameleon
 from cm3.interop.chameleon_layout import Part, join_parts, split_parts
-from cm3.interop.chameleon_names import chameleon_vocabulary
 from cm3.model.cache import KeyValueCache
 from cm3.model.pretrained import load_model
 from cm3.tokenizers.image import ImageTokenizer, pixels_to_model
@@ -25,29 +25,17 @@ from tiny_chameleon import (  # noqa: E402
     FIRST_CODE,
     FIRST_TEXT,
     NUM_CODES,
-    SENTINELS,
     SIDE,
     VOCABULARY_SIZE,
     foreign_logits,
-    image_name,
     names,
     save_foreign,
+    share_norms,
     tiny_chameleon,
 )
 
-
-def share_norms(model):
-    """The norms of a model of one shard, such as the 7B: one for all heads of a layer."""
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
-                norm.weight.copy_(norm.weight[:1].clone())
-                norm.bias.copy_(norm.bias[:1].clone())
-    return model
-
-
 VARIATIONS = {
-    "7b": lambda: share_norms(tiny_chameleon(num_key_value_heads=4, rope_parameters=rope(10_000.0))),
+    "7b": lambda: share_norms(tiny_chameleon(num_key_value_heads=4, rope_parameters=rope(10_000.0)), 1),
     "34b": lambda: tiny_chameleon(swin_norm=True, rope_parameters=rope(5_000.0)),
 }
 
@@ -275,40 +263,3 @@ def test_command_line(source, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'ours'}: 0 million parameters, 2 layers of width 32, 96 ids\n"
     assert main(["import", "chameleon", str(source), str(tmp_path / "ours")]) == 2
     assert "is not empty" in capsys.readouterr().err
-
-
-def test_vocabulary_by_names():
-    vocabulary = chameleon_vocabulary(names(), VOCABULARY_SIZE, "test")
-    assert vocabulary.codes_to_ids(np.arange(NUM_CODES)).tolist() == [names()[image_name(k)] for k in range(NUM_CODES)]
-    assert (vocabulary.break_id, vocabulary.eoss_id, vocabulary.eos_id) == (BREAK, EOSS, 2)
-    assert [vocabulary.sentinel_id(i) for i in range(vocabulary.num_sentinels)] == list(SENTINELS)
-    assert vocabulary.text_to_ids(np.arange(6)).tolist() == [0, 1, 2, 3, 38, 39]
-    assert not vocabulary.is_text(np.array([0, 4, EOSS, BREAK, 22, 38, 39])).any()  # 38 and 39 are marks
-    assert vocabulary.is_text(np.arange(FIRST_TEXT, VOCABULARY_SIZE)).all()
-
-
-def test_image_codes_may_stand_anywhere_but_in_order():
-    moved = {name: (id + 60) % VOCABULARY_SIZE for name, id in names().items() if not name.startswith("word")}
-    vocabulary = chameleon_vocabulary(moved, VOCABULARY_SIZE, "test")
-    assert vocabulary.codes_to_ids(np.array([0, 3])).tolist() == [64, 67]
-    assert vocabulary.special_ids["</s>"] == 62
-    swapped = names() | {image_name(2): FIRST_CODE + 3, image_name(3): FIRST_CODE + 2}
-    with pytest.raises(ModelFilesError, match="has image code 2 at id 7, 6 was expected"):
-        chameleon_vocabulary(swapped, VOCABULARY_SIZE, "test")
-    with pytest.raises(ModelFilesError, match="has no <eoss>, so it is no Chameleon's"):
-        chameleon_vocabulary({k: v for k, v in names().items() if k != "<eoss>"}, VOCABULARY_SIZE, "test")
-    with pytest.raises(ModelFilesError, match="names no image codes"):
-        chameleon_vocabulary({k: v for k, v in names().items() if "IMG" not in k}, VOCABULARY_SIZE, "test")
-    with pytest.raises(ModelFilesError, match="names ids beyond the 50 of the model: word50"):
-        chameleon_vocabulary(names(), 50, "test")
-
-
-def test_the_public_vocabulary_has_512_sentinels():
-    """The ids of Chameleon (spec of its release): codes at 4, then the two marks, 512 unnamed ids, the separator."""
-    public = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<eoss>": 8196, "<racm3:break>": 8197}
-    public |= {image_name(code): 4 + code for code in range(8192)}
-    public |= {"<reserved08706>": 8710, "<image>": 8711, "the": 9000}
-    vocabulary = chameleon_vocabulary(public, 65536, "test")
-    assert (vocabulary.sentinel_id(0), vocabulary.num_sentinels, vocabulary.size) == (8198, 512, 65536)
-    assert vocabulary.special_ids["<separator>"] == 8710
-    assert vocabulary.text_to_ids(np.array([4])).tolist() == [8710]

@@ -14,7 +14,8 @@ import torch
 from cm3.cli import main
 from cm3.errors import ConfigError, ModelFilesError, RequestError
 from cm3.interop.chameleon_hf import import_chameleon
-from cm3.interop.taming import import_vqgan, read_pickled
+from cm3.interop.pickled import read_tensors
+from cm3.interop.vqgan import import_vqgan
 from cm3.tokenizers.image import ImageTokenizer, pixels_to_model
 from cm3.tokenizers.taming import TamingConfig, TamingVQGAN
 
@@ -186,16 +187,16 @@ def test_a_pickled_file_runs_nothing(tmp_path):
 
     torch.save({"state_dict": {"weight": torch.zeros(1)}, "extra": Harmful()}, tmp_path / "bad.ckpt")
     with pytest.raises(ModelFilesError, match=r"bad.ckpt cannot be read as a file of tensors"):
-        read_pickled(tmp_path / "bad.ckpt")
+        read_tensors(tmp_path / "bad.ckpt")
     assert not (tmp_path / "harmed").exists()
     (tmp_path / "noise.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(ModelFilesError, match="cannot be read as a file of tensors"):
-        read_pickled(tmp_path / "noise.ckpt")
+        read_tensors(tmp_path / "noise.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ModelFilesError, match="holds no tensors by name"):
-        read_pickled(tmp_path / "list.ckpt")
+        read_tensors(tmp_path / "list.ckpt")
     with pytest.raises(ModelFilesError, match="no such file"):
-        read_pickled(tmp_path / "none.ckpt")
+        read_tensors(tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize(

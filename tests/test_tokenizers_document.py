@@ -21,8 +21,10 @@ from cm3.tokenizers.document import (
     TokenizedDocument,
     document_from_ids,
     document_to_ids,
+    segment_places,
 )
 from cm3.tokenizers.image import ImageTokenizer
+from cm3.tokenizers.layout import Layout
 from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3.tokenizers.vocabulary import TEXT_SPECIALS, IdRange, Vocabulary
 from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -40,6 +42,13 @@ IMAGES_FIRST = Vocabulary(
     ),
     {name: id for id, name in enumerate(TEXT_SPECIALS)} | {"<eoss>": 20, "<break>": 21, "<sentinel:0>": 22},
 )
+FRAMED = Vocabulary(
+    IMAGES_FIRST.ranges,
+    {name: id for id, name in enumerate(TEXT_SPECIALS)} | {"<end>": 20, "<begin>": 21},
+    Layout(start="<s>", between=None, image_start="<begin>", image_end="<end>"),
+)
+"""Documents as Chameleon's: images are framed and nothing else parts the segments."""
+CODES = list(range(4, 10))
 any_vocabulary = pytest.mark.parametrize("vocabulary", [OURS, IMAGES_FIRST], ids=["ours", "images first"])
 
 
@@ -101,6 +110,82 @@ def test_layout_with_retrieved_pairs() -> None:
     assert (ids == OURS.eos_id).sum() == 2
 
 
+def test_layout_of_framed_images() -> None:
+    """`<s> text begin codes end text </s>` (spec 9.4)."""
+    document = TokenizedDocument((tokens(7, 9), image_codes(), tokens(8)))
+    ids = document_to_ids(document, FRAMED)
+    assert ids.tolist() == [0, 26, 28, 21, 4, 5, 6, 7, 8, 9, 20, 27, 2]
+    assert document_from_ids(ids, FRAMED, GRID) == document
+    assert document_from_ids([0, 2], FRAMED, GRID) == TokenizedDocument((tokens(),))
+
+
+def test_answers_are_turns_where_the_layout_has_them() -> None:
+    """`<s> text begin codes end <turn> text </s>`: an answer of whole segments, in words or a picture."""
+    layout = Layout(start="<s>", between=None, image_start="<begin>", image_end="<end>", turn_end="<turn>")
+    vocabulary = Vocabulary(FRAMED.ranges, {**FRAMED.special_ids, "<turn>": 22}, layout)
+    segments = (tokens(7, 9), image_codes(), tokens(8, 5), image_codes())
+    asked = [0, 26, 28, 21, *CODES, 20]
+    for answers, expected in [
+        ([[2, 0, 2]], [*asked, 22, 27, 24, 22, 21, *CODES, 20, 2]),
+        ([[2, 0, 2], [3, 0, 6]], [*asked, 22, 27, 24, 21, *CODES, 20, 2]),
+        ([[3, 0, 6]], [*asked, 27, 24, 22, 21, *CODES, 20, 2]),
+        ([[1, 0, 6], [3, 0, 6]], [0, 26, 28, 22, *asked[3:], 22, 27, 24, 22, 21, *CODES, 20, 2]),
+        ([[2, 0, 1]], [*asked, 27, 24, 21, *CODES, 20, 2]),  # a part of a text, as in the templates of tasks
+        ([[0, 0, 2]], [0, 26, 28, 22, *asked[3:], 27, 24, 21, *CODES, 20, 2]),  # nothing before it was asked
+    ]:
+        document = TokenizedDocument(segments, {"answers": answers})
+        assert document_to_ids(document, vocabulary).tolist() == expected
+        *places, length = segment_places(document, layout)
+        assert length == len(expected)
+        assert [expected[place] for place in places] == [26, 4, 27, 4]
+    later = TokenizedDocument(segments, {"answers": [[0, 0, 2]], "retrieved": 2})
+    assert document_to_ids(later, vocabulary).tolist() == [*asked, 22, 27, 24, 22, 21, *CODES, 20, 2]
+    ours = document_to_ids(TokenizedDocument(segments, {"answers": [[2, 0, 2]]}), OURS)
+    assert ours.tolist() == document_to_ids(TokenizedDocument(segments), OURS).tolist()
+
+
+@pytest.mark.parametrize("vocabulary", [OURS, FRAMED], ids=["ours", "framed"])
+@given(values=segment_values)
+def test_places_of_segments(values: list, vocabulary: Vocabulary) -> None:
+    document = document_of(values)
+    ids = document_to_ids(document, vocabulary)
+    *places, length = segment_places(document, vocabulary.layout)
+    assert length == len(ids)
+    for place, part in zip(places, document.segments, strict=True):
+        if isinstance(part, ImageCodes):
+            np.testing.assert_array_equal(ids[place : place + 6], vocabulary.codes_to_ids(part.codes_HW.ravel()))
+        else:
+            np.testing.assert_array_equal(ids[place : place + len(part.tokens)], vocabulary.text_to_ids(part.tokens))
+
+
+@given(values=segment_values)
+def test_framed_documents_survive_but_for_the_bounds_of_texts(values: list) -> None:
+    ids = document_to_ids(document_of(values), FRAMED)
+    document = document_from_ids(ids, FRAMED, GRID)
+    joined: list = []
+    for value in values:
+        if isinstance(value, list) and joined and isinstance(joined[-1], list):
+            joined[-1] = joined[-1] + value
+        elif value or len(values) == 1:
+            joined.append(value)
+    assert document == document_of(joined or [[]])
+    np.testing.assert_array_equal(document_to_ids(document, FRAMED), ids)
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_framed_ids_are_a_document_or_an_error(data: st.DataObject) -> None:
+    likely = st.sampled_from([0, 2, 20, 20, 21, 21, 4, 5, 4, 5, 30, 31])
+    frame = st.just([21, 4, 5, 20])
+    parts = data.draw(st.lists(st.lists(likely, max_size=3) | frame, max_size=5))
+    ids = [0, *(id for part in parts for id in part), 2]
+    try:
+        document = document_from_ids(ids, FRAMED, (1, 2))
+    except DataError:
+        return
+    assert document_to_ids(document, FRAMED).tolist() == ids
+
+
 @any_vocabulary
 @given(values=segment_values)
 def test_any_document_survives_ids(values: list, vocabulary: Vocabulary) -> None:
@@ -153,6 +238,27 @@ IMAGE = list(range(300, 306))
 def test_malformed_ids_are_refused_with_the_place(ids: list, message: str) -> None:
     with pytest.raises(DataError, match=message):
         document_from_ids(np.array(ids, dtype=np.int64), OURS, GRID)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0], r"a document is at least <s> </s>, found ids of shape \(1,\)"),
+        ([2, 30, 2], r"ids\[0\]=2 is </s>; a document is <s>, text and images, each image in <begin> and <end>, </s>"),
+        ([0, 30, 1, 2], r"ids\[2\]=1 is <pad>"),
+        ([0, 30, *CODES, 2], r"ids\[2\]=4 is image code 0; images, and nothing else, stand in <begin> and <end>"),
+        ([0, 21, *CODES, 2], r"ids\[7\]=9 is image code 5; the image that begins at ids\[1\] ends in <end>"),
+        ([0, *CODES, 20, 2], r"ids\[1\]=4 is image code 0; images"),
+        ([0, 20, 2], r"ids\[1\]=20 is <end>; images"),
+        ([0, 21, 21, *CODES, 20, 2], r"ids\[1\]=21 is <begin>; the image that begins at ids\[1\] ends in <end>"),
+        ([0, 21, 4, 30, 5, 20, 2], r"ids\[3\]=30 is text; images"),
+        ([0, 21, 20, 2], r"ids\[2:2\] are an image of 0 codes; one of 2x3 codes has 6"),
+        ([0, 21, *CODES, 4, 20, 2], r"ids\[2:9\] are an image of 7 codes"),
+    ],
+)
+def test_malformed_framed_ids_are_refused_with_the_place(ids: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        document_from_ids(ids, FRAMED, GRID)
 
 
 @pytest.mark.parametrize("special", range(4))

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3.errors import ConfigError, DataError, ModelFilesError
+from cm3.pretrained import demo_folder
+from cm3.tokenizers.layout import CM3_LAYOUT, Layout
 from cm3.tokenizers.vocabulary import TEXT_SPECIALS, IdRange, Vocabulary
 
 
@@ -148,6 +150,41 @@ def test_save_and_load(vocabulary: Vocabulary, tmp_path) -> None:
     assert hash(loaded) == hash(vocabulary)
 
 
+def test_a_layout_is_kept_and_ours_is_not_named(tmp_path) -> None:
+    ours = reversed_vocabulary()
+    assert "layout" not in ours.to_json()
+    framed = replace(ours, layout=Layout(start="<s>", between=None, image_start="<break>", image_end="<eoss>"))
+    framed.save(tmp_path / "vocabulary.json")
+    loaded = Vocabulary.load(tmp_path / "vocabulary.json")
+    assert loaded == framed and loaded.layout.image_start == "<break>"
+    assert framed != ours and framed.hash != ours.hash
+    assert (framed.mark("start"), framed.mark("image_end"), framed.mark("between")) == ((30,), (10,), ())
+    changed = {**framed.to_json(), "layout": {"image_begin": "<break>"}}
+    with pytest.raises(ModelFilesError, match="not a valid vocabulary"):
+        Vocabulary.from_json(changed)
+
+
+def test_the_vocabulary_of_the_shipped_model_is_as_it_was() -> None:
+    vocabulary = Vocabulary.load(demo_folder() / "vocabulary.json")
+    assert vocabulary.layout == CM3_LAYOUT
+    assert vocabulary.hash == "60f605698ee390abbeb3a61f0d58ce7e2b4d14dd4f7d24f683b50971e6e3694c"
+    assert vocabulary.to_json() == json.loads((demo_folder() / "vocabulary.json").read_text())
+
+
+def test_a_vocabulary_may_have_no_sentinels() -> None:
+    names = {name: id for name, id in reversed_vocabulary().special_ids.items() if "sentinel" not in name}
+    vocabulary = replace(reversed_vocabulary(), special_ids=names)
+    assert vocabulary.num_sentinels == 0
+    with pytest.raises(ConfigError, match="has no sentinels .* use objective.name=causal"):
+        vocabulary.sentinel_id(0)
+
+
+@pytest.mark.parametrize("places", [{}, {"image_start": "<a>"}, {"image_end": "<b>"}])
+def test_a_layout_that_cannot_be_read_back_is_refused(places: dict) -> None:
+    with pytest.raises(ConfigError, match="cannot be read back; name `between`, or both"):
+        Layout(between=None, **places)
+
+
 @settings(max_examples=10)
 @given(st.integers(5, 400), st.integers(1, 400), st.integers(1, 40), st.integers(1, 64))
 def test_built_vocabularies_are_valid_and_differ(text: int, codes: int, sentinels: int, multiple: int) -> None:
@@ -181,6 +218,8 @@ def without(name: str) -> dict[str, int]:
     [
         ({"special_ids": without("<break>")}, "no id is named <break>"),
         ({"special_ids": without("</s>")}, "no id is named </s>"),
+        ({"special_ids": without("<eoss>")}, "no id is named <eoss>"),
+        ({"layout": Layout(between="<turn>", turn_end="<turn>")}, "no id is named <turn>"),
         ({"special_ids": {**without(""), "<break>": 10}}, "share an id"),
         ({"special_ids": {**without(""), "<break>": 14}}, "<break>=14 is no text or special id"),
         ({"special_ids": {**without(""), "<break>": 50}}, "<break>=50 is no text or special id"),

@@ -1,4 +1,4 @@
-"""A Chameleon of `transformers` with small random weights, in the files that Hugging Face's Chameleon has."""
+"""A Chameleon of `transformers` with small random weights, in the files of Hugging Face and of Meta."""
 
 import json
 from pathlib import Path
@@ -82,6 +82,110 @@ def save_foreign(model: Any, folder: Path, max_shard_size: str = "40KB") -> Path
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
+
+
+VQ_YAML = """
+model:
+  target: taming.models.vqgan.VQModel
+  params:
+    ckpt_path: vqgan.ckpt
+    embed_dim: 8
+    n_embed: 16
+    ddconfig: {double_z: false, z_channels: 24, resolution: 16, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 2],
+               num_res_blocks: 1, attn_resolutions: [], dropout: 0.0}
+    lossconfig: {target: taming.modules.losses.vqperceptual.DummyLoss}
+"""
+"""The settings of the image tokenizer, as its trainer writes them."""
+
+
+def save_vqgan(model: Any, folder: Path) -> Path:
+    """The image tokenizer with a random decoder, as Meta's `tokenizer/vqgan.ckpt`."""
+    from cm3.tokenizers.taming import TamingConfig, TamingVQGAN
+
+    shape: dict[str, Any] = {"image_size": SIDE, "base_channels": 32, "channel_multipliers": (1, 2)}
+    whole = TamingVQGAN(
+        TamingConfig(**shape, num_residual_blocks=1, latent_width=24, num_codes=NUM_CODES, code_width=8)
+    )
+    decoder = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith("decoder.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {**model.model.vqmodel.state_dict(), **decoder}}, folder / "vqgan.ckpt")
+    (folder / "vqgan.yaml").write_text(VQ_YAML)
+    return folder / "vqgan.ckpt"
+
+
+def share_norms(model: Any, shards: int) -> Any:
+    """The norms of a model that was trained in so many parts: equal for the heads of a part."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                for tensor in (norm.weight, norm.bias):
+                    tensor.copy_(tensor[:: len(tensor) // shards].repeat_interleave(len(tensor) // shards, 0).clone())
+    return model
+
+
+def neighbours(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head with number i and number i + K/2, which a position turns together, side by side."""
+    width = len(rows) // heads
+    pairs = [(head * width + i, head * width + i + width // 2) for head in range(heads) for i in range(width // 2)]
+    return rows[[index for pair in pairs for index in pair]]
+
+
+def meta_parts(model: Any, shards: int) -> list[dict[str, torch.Tensor]]:
+    """The weights in Meta's format: the contents of each file."""
+    config, parts = model.config, [{} for _ in range(shards)]
+
+    def put(name: str, tensor: torch.Tensor, axis: int | None) -> None:
+        pieces = [tensor] * shards if axis is None else tensor.chunk(shards, axis)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece.detach().clone()
+
+    put("tok_embeddings.weight", model.model.embed_tokens.weight, 1)
+    put("norm.weight", model.model.norm.weight, None)
+    put("output.weight", model.lm_head.weight, 0)
+    for index, layer in enumerate(model.model.layers):
+        prefix, attention = f"layers.{index}.", layer.self_attn
+        put(f"{prefix}attention.wq.weight", neighbours(attention.q_proj.weight, config.num_attention_heads), 0)
+        put(f"{prefix}attention.wk.weight", neighbours(attention.k_proj.weight, config.num_key_value_heads), 0)
+        put(f"{prefix}attention.wv.weight", attention.v_proj.weight, 0)
+        put(f"{prefix}attention.wo.weight", attention.o_proj.weight, 1)
+        for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
+            for kind in ("weight", "bias"):
+                tensor = getattr(norm, kind)
+                for part, head in zip(parts, range(0, len(tensor), len(tensor) // shards), strict=True):
+                    part[f"{prefix}attention.{name}_normalization.{kind}"] = neighbours(tensor[head].detach(), 1)
+        put(f"{prefix}attention_norm.weight", layer.input_layernorm.weight, None)
+        put(f"{prefix}ffn_norm.weight", layer.post_attention_layernorm.weight, None)
+        for name, module, axis in (("w1", "gate_proj", 0), ("w3", "up_proj", 0), ("w2", "down_proj", 1)):
+            put(f"{prefix}feed_forward.{name}.weight", getattr(layer.mlp, module).weight, axis)
+    put("rope.freqs", torch.ones(config.hidden_size // config.num_attention_heads // 2), None)
+    return parts
+
+
+def save_meta(model: Any, root: Path, shards: int, name: str = "7b") -> Path:
+    """The model as Meta releases it: `models/7b` and `tokenizer`."""
+    config, folder = model.config, root / "models" / name
+    folder.mkdir(parents=True)
+    for index, part in enumerate(meta_parts(model, shards)):
+        torch.save(part, folder / ("consolidated.pth" if shards == 1 else f"consolidated.{index:02}.pth"))
+    params = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "vocab_size": config.vocab_size,
+        "ffn_dim_multiplier": 0.5,  # 48 of a width of 32
+        "multiple_of": 16,
+        "norm_eps": 1e-5,
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "qk_normalization": True,
+        "swin_norm": config.swin_norm,
+    }
+    (folder / "params.json").write_text(json.dumps({"model": params, "seed": 1}))
+    (folder / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": shards}))
+    save_vqgan(model, root / "tokenizer")
+    text = json.dumps(tokenizer_json()).replace("<image>", "<reserved08707>")
+    (root / "tokenizer" / "text_tokenizer.json").write_text(text)
+    return root
 
 
 @torch.no_grad()

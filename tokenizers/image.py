@@ -198,6 +198,19 @@ class ImageTokenizer:
         return self.config.grid
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether it can make pictures of codes; some imported ones only read pictures."""
+        return not isinstance(self.config, TamingConfig) or self.config.decoder
+
+    def require_decoder(self) -> None:
+        """Raise RequestError where there is no decoder, before codes are made for nothing."""
+        if not self.has_decoder:
+            raise RequestError(
+                "this image tokenizer has no decoder, so it cannot make pictures of codes; import the model again with "
+                "the file that holds it (Chameleon's vqgan.ckpt) as --vqgan"
+            )
+
+    @property
     def num_codes(self) -> int:
         """Codebook entries."""
         return self.config.num_codes
@@ -235,8 +248,10 @@ class ImageTokenizer:
         """Pictures of codes.
 
         Raises:
+            RequestError: there is no decoder.
             DataError: wrong number of codes, or a code outside the codebook.
         """
+        self.require_decoder()
         if codes_BP.shape[1] != self.codes_per_image:
             raise DataError(f"a picture has {self.codes_per_image} codes, {codes_BP.shape[1]} were given")
         if codes_BP.size and not 0 <= int(codes_BP.min()) <= int(codes_BP.max()) < self.num_codes:

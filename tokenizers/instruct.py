@@ -18,12 +18,25 @@ import numpy as np
 from jaxtyping import Int
 
 from cm3.errors import DataError
-from cm3.tokenizers.document import Document, DocumentTokenizer, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.document import (
+    ANSWERS,
+    Document,
+    DocumentTokenizer,
+    Image,
+    ImageCodes,
+    Text,
+    TextTokens,
+    TokenizedDocument,
+    segment_places,
+)
 from cm3.tokenizers.image import box_mask, mask_runs
 from cm3.tokenizers.instruct_tasks import TASKS, image_fields, is_image_field
+from cm3.tokenizers.layout import CM3_LAYOUT
+from cm3.tokenizers.layout import Layout as DocumentLayout
 
-Layout = Literal["text_first", "image_first"]
-"""text_first: as the paper's templates have it; image_first: the pictures that the user gives come first."""
+Layout = Literal["text_first", "image_first", "turns"]
+"""text_first: as the paper's templates have it; image_first: the pictures that the user gives come first; turns: an
+answer in words is a turn of its own behind what the user gives, as it is; for models whose vocabulary has turns."""
 
 ANSWER_CHARACTERS = "answer_characters"
 """Key of `Document.metadata`: [segment, first character, stop character] of every answer; a picture counts as one
@@ -32,10 +45,6 @@ character."""
 ANSWER_BOXES = "answer_boxes"
 """Key of `Document.metadata`: [segment, left, top, right, bottom] of every answer that is a box of a square picture, in
 its pixels. Each run of codes that the box touches, in raster order, is then an answer of its own."""
-
-ANSWERS = "answers"
-"""Key of `TokenizedDocument.metadata`: [segment, first token, stop token] of every answer, codes of a picture being
-tokens. Segments count from the first one that is not retrieved context."""
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -62,7 +71,7 @@ def lay_out(
         turns: What the user gives, the answer, what the user gives then, ... An answer that is missing at the end
             makes a prompt: where the answer is part of a text, its place is empty; else the document ends before it.
         task: Name in `TASKS`, for one exchange. None: a conversation, every segment as it is and where it is, in
-            either layout.
+            any layout.
         layout: Order of a task's segments.
         wording: Which of the task's wordings, counted on from the first after the last.
 
@@ -73,6 +82,8 @@ def lay_out(
         return _conversation(turns)
     values = _bind(task, turns)
     template = TASKS[task]
+    if layout == "turns" and not image_fields(template.assistant):
+        return _conversation(turns)
     parts = template.wordings[wording % len(template.wordings)]
     if layout == "image_first":
         parts = tuple(
@@ -115,10 +126,9 @@ def cut_at_answers(document: Document) -> Document:
     return Document(tuple(pieces), document.metadata)
 
 
-def answer_spans(document: TokenizedDocument) -> Int[np.ndarray, "N 2"]:
-    """Start and stop of every answer among the ids of `document_to_ids`, in order."""
-    lengths = [part.codes_HW.size if isinstance(part, ImageCodes) else len(part.tokens) for part in document.segments]
-    starts = np.cumsum([1, *(length + 1 for length in lengths)])  # after </s>, and a <break> after each segment
+def answer_spans(document: TokenizedDocument, layout: DocumentLayout = CM3_LAYOUT) -> Int[np.ndarray, "N 2"]:
+    """Start and stop of every answer among the ids of `document_to_ids` in a layout, in order."""
+    starts = segment_places(document, layout)
     retrieved = document.metadata.get("retrieved", 0)
     places = document.metadata.get(ANSWERS, ())
     spans = [

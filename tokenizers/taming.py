@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cm3.errors import ConfigError, RequestError
+from cm3.errors import ConfigError
 from cm3.tokenizers.quantizer import CHUNK_ENTRIES, VectorQuantizer
 
 NUM_GROUPS = 32
@@ -249,15 +249,7 @@ class TamingVQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes_BP: Int[Tensor, "B P"], grid: tuple[int, int]) -> Float[Tensor, "B 3 H W"]:
-        """Pictures in [-1, 1] (clamped) of codes that form a `grid` of height x width.
-
-        Raises:
-            RequestError: there is no decoder.
-        """
-        if self.decoder is None:
-            raise RequestError(
-                "this image tokenizer has no decoder, so it cannot make pictures of codes; import the model again with "
-                "the file that holds it (Chameleon's vqgan.ckpt)"
-            )
+        """Pictures in [-1, 1] (clamped) of codes that form a `grid` of height x width."""
+        assert self.decoder is not None, "see ImageTokenizer.require_decoder"
         vectors_BEHW = self.quantizer.lookup(codes_BP, grid).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(vectors_BEHW)).float().clamp(-1, 1)

@@ -134,13 +134,7 @@ class TextTokenizer:
         Raises:
             DataError: the text holds an unpaired surrogate, which is not Unicode text.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text is not valid Unicode: unpaired surrogate at character {error.start}; "
-                "read it with its right encoding"
-            ) from error
+        require_unicode(text)
         first, *others = self._processor.encode(text.split(_SPACE_SYMBOL))
         for ids in others:
             first += self._space_symbol_ids + ids
@@ -184,6 +178,17 @@ class TextTokenizer:
         if self._processor.is_control(id) or self._processor.is_unknown(id):
             return b""
         return piece.replace(_SPACE_SYMBOL, " ").encode()
+
+
+def require_unicode(text: str) -> None:
+    """Raise DataError for a text that holds an unpaired surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text is not valid Unicode: unpaired surrogate at character {error.start}; "
+            "read it with its right encoding"
+        ) from error
 
 
 class _TrainingLines:

@@ -1,7 +1,8 @@
 """One id space for text, image codes and special ids, as a table of named contiguous ranges.
 
 CM3Leon: 56,320 text ids, 8,192 image codes and its special ids share one embedding table (arXiv 2309.02591,
-section 2.1). Chameleon orders the same parts differently; its table is another instance of `Vocabulary`.
+section 2.1). Chameleon orders the same parts differently, and writes its documents in another layout; its table is
+another instance of `Vocabulary`.
 """
 
 import hashlib
@@ -16,14 +17,13 @@ import numpy as np
 
 from cm3.checkpoint import read_json, write_json
 from cm3.errors import ConfigError, DataError, ModelFilesError
+from cm3.tokenizers.layout import CM3_LAYOUT, Layout, Place
 
 TEXT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """The first pieces of every text tokenizer, in the order of their piece ids."""
 
 NUM_IMAGE_SIZES = 64
 """Ids set aside to name the size of an image; like `<image_row_end>` unused while there is one grid."""
-
-_REQUIRED_SPECIALS = (*TEXT_SPECIALS, "<break>", "<eoss>", "<sentinel:0>")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class IdRange:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The table of ranges, and the special ids by name. Immutable; equal when the contents are equal.
+    """The table of ranges, the special ids by name, and what they mark. Immutable; equal when the contents are.
 
     The ranges may stand in any order and fill `[0, size)`. One of them holds the image codes (so that the
     output head can be sliced), one or more hold text: piece `i` of the text tokenizer is the i-th id of the
-    text ranges, joined in the order of the table. Special ids lie in special ranges or among the text.
+    text ranges, joined in the order of the table. Special ids lie in special ranges or among the text. There may be
+    no sentinels; then no span of a document can be masked.
 
     Raises:
         ConfigError: the ranges overlap or leave a gap, or a special id is missing or misplaced.
@@ -58,6 +59,8 @@ class Vocabulary:
 
     ranges: tuple[IdRange, ...]
     special_ids: dict[str, int] = field(hash=False)
+    layout: Layout = CM3_LAYOUT
+    """How documents are written."""
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
@@ -74,7 +77,8 @@ class Vocabulary:
         kinds = [part.kind for part in self.ranges]
         if kinds.count("image") != 1 or "text" not in kinds:
             yield f"it needs one image range and at least one text range, found {kinds}"
-        if missing := [name for name in _REQUIRED_SPECIALS if name not in self.special_ids]:
+        required = [*TEXT_SPECIALS, *self.layout.names, *(["<eoss>"] if self.num_sentinels else [])]
+        if missing := [name for name in dict.fromkeys(required) if name not in self.special_ids]:
             yield f"no id is named {', '.join(missing)}"
         if len(set(self.special_ids.values())) < len(self.special_ids):
             yield "two special names share an id"
@@ -131,7 +135,7 @@ class Vocabulary:
 
     @property
     def eos_id(self) -> int:
-        """`</s>`, which opens and closes a document."""
+        """`</s>`, which closes a document, and in our layout opens it too."""
         return self.special_ids["</s>"]
 
     @property
@@ -141,7 +145,7 @@ class Vocabulary:
 
     @property
     def break_id(self) -> int:
-        """`<break>`, which stands between two segments."""
+        """`<break>`, which stands between two segments in our layout."""
         return self.special_ids["<break>"]
 
     @property
@@ -156,9 +160,19 @@ class Vocabulary:
 
     def sentinel_id(self, index: int) -> int:
         """The id of `<sentinel:index>`. Raises ConfigError where the vocabulary has no such sentinel."""
+        if not self.num_sentinels:
+            raise ConfigError(
+                "the vocabulary has no sentinels (a Chameleon's has none), so nothing can be masked or filled in; use "
+                "objective.name=causal to train such a model"
+            )
         if not 0 <= index < self.num_sentinels:
             raise ConfigError(f"<sentinel:{index}> asked, the vocabulary has {self.num_sentinels}; use fewer spans")
         return self.special_ids["<sentinel:0>"] + index
+
+    def mark(self, place: Place) -> tuple[int, ...]:
+        """The id that stands at a place of the layout; none where nothing does."""
+        name = getattr(self.layout, place)
+        return () if name is None else (self.special_ids[name],)
 
     def is_image(self, ids: Any) -> Any:
         """Which of `ids` (array or tensor of any shape) are image codes: booleans of the same shape."""
@@ -218,22 +232,29 @@ class Vocabulary:
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) of the canonical JSON of the contents."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self._contents(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The contents and their hash as plain JSON values."""
-        return {
-            "hash": self.hash,
+        return {"hash": self.hash, **self._contents()}
+
+    def _contents(self) -> dict[str, Any]:
+        """The contents as plain JSON values; CM3Leon's layout, which once was the only one, is not named."""
+        contents: dict[str, Any] = {
             "ranges": [asdict(part) for part in self.ranges],
             "special_ids": {**self.special_ids},
         }
+        if self.layout != CM3_LAYOUT:
+            contents["layout"] = asdict(self.layout)
+        return contents
 
     @classmethod
     def from_json(cls, value: Any) -> "Vocabulary":
         """The inverse of `to_json`. Raises ModelFilesError for anything else."""
         try:
-            vocabulary = cls(tuple(IdRange(**part) for part in value["ranges"]), dict(value["special_ids"]))
+            ranges = tuple(IdRange(**part) for part in value["ranges"])
+            vocabulary = cls(ranges, dict(value["special_ids"]), Layout(**value.get("layout", {})))
             stored = value["hash"]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFilesError(f"not a valid vocabulary ({error!r}); restore the file") from error

@@ -9,7 +9,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +31,16 @@ from cm3.data.sources import Source, SourceConfig, fingerprint, open_source
 from cm3.distributed import is_main, local_rank, rank, world_size
 from cm3.errors import ConfigError, DataError
 from cm3.tokenizers.document import (
+    JSON_TEXT_TOKENIZER_FILE,
     TEXT_TOKENIZER_FILE,
+    VOCABULARY_FILE,
     DocumentTokenizer,
     TokenizedDocument,
+    has_json_text_tokenizer,
 )
 from cm3.tokenizers.image import ImageTokenizer
 from cm3.tokenizers.instruct import tokenize_examples
+from cm3.tokenizers.json_text import JsonTextTokenizer
 from cm3.tokenizers.text import TextTokenizer
 from cm3.tokenizers.vocabulary import Vocabulary
 from cm3.training.contexts import Contexts, RetrievalConfig
@@ -60,13 +64,14 @@ class PrepareConfig:
     data: SourceConfig
     """The raw rows."""
     text_tokenizer: str
-    """Folder that holds `tokenizer.model`."""
+    """Folder that holds `tokenizer.model`, or an imported model, with `tokenizer.json` and `vocabulary.json`."""
     image_tokenizer: str
     """Folder that holds `image_tokenizer.json` and `image_tokenizer.safetensors`."""
     retrieval: RetrievalConfig | None = None
     """Documents to retrieve for each row, which then stand before it; null is none."""
     num_sentinels: int = 512
-    """Sentinels of the vocabulary: the most spans that can be masked in one context."""
+    """Sentinels of the vocabulary: the most spans that can be masked in one context. Without effect where
+    `text_tokenizer` is an imported model, which has a vocabulary of its own."""
     rows_per_shard: int = 8192
     """Raw rows of a file; a run that was stopped goes on after the last whole one."""
     batch_size: int = 64
@@ -139,10 +144,16 @@ class Preparer:
 
     def __init__(self, config: PrepareConfig) -> None:
         self.config = config
-        self.source: Source = open_source(config.data)
-        text = TextTokenizer.load(Path(config.text_tokenizer) / TEXT_TOKENIZER_FILE)
-        image = ImageTokenizer.load(config.image_tokenizer)
-        vocabulary = Vocabulary.build(text.size, image.num_codes, config.num_sentinels)
+        image, folder = ImageTokenizer.load(config.image_tokenizer), Path(config.text_tokenizer)
+        text: TextTokenizer | JsonTextTokenizer
+        if has_json_text_tokenizer(folder):
+            vocabulary = Vocabulary.load(folder / VOCABULARY_FILE)
+            text = JsonTextTokenizer.load(folder / JSON_TEXT_TOKENIZER_FILE, vocabulary)
+        else:
+            text = TextTokenizer.load(folder / TEXT_TOKENIZER_FILE)
+            vocabulary = Vocabulary.build(text.size, image.num_codes, config.num_sentinels)
+        has_turns = vocabulary.layout.turn_end is not None
+        self.source: Source = open_source(replace(config.data, layout="turns") if has_turns else config.data)
         automatic = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
         if config.device == "cuda" and automatic == "cpu":
             raise ConfigError("device=cuda, but torch finds no GPU here; choose auto or cpu")
@@ -182,7 +193,8 @@ class Preparer:
             report.add(document)
             documents.append(document)
         metadata = {_SETTINGS_KEY: self._settings(rows), _REPORT_KEY: report.to_json()}
-        write_shard(shard_path(self.config.output, number), documents, metadata)
+        layout = self.tokenizer.vocabulary.layout
+        write_shard(shard_path(self.config.output, number), documents, metadata, layout)
         return report, True
 
     def _tokenized(self, rows: range) -> Iterator[TokenizedDocument]:

@@ -14,9 +14,9 @@ from cm3.data.shards import ShardedDocuments
 from cm3.distributed import is_main
 from cm3.errors import ConfigError, RequestError
 from cm3.gallery import contact_sheet, save_image
-from cm3.generation.prompts import Prompts
 from cm3.generation.request import check_request
 from cm3.generation.settings import SamplingSettings
+from cm3.generation.turns import TurnPrompts, make_prompts
 from cm3.model.lora import merge_adapter
 from cm3.model.pretrained import load_model
 from cm3.model.transformer import Transformer
@@ -90,9 +90,19 @@ class SampleSheets:
             )
         if not all(prompt.strip() for prompt in self._prompts):
             raise ConfigError("sample_prompts has an empty text; say what to draw, or leave it out")
-        prompts, image = Prompts(self._tokenizer.vocabulary, self._tokenizer.image.grid), self._tokenizer.image
+        image = self._tokenizer.image
+        if not image.has_decoder:
+            raise ConfigError(
+                f"sample_interval={self._config.sample_interval}, but the image tokenizer has no decoder to draw with; "
+                "import the model again with --vqgan, or set sample_interval to 0"
+            )
+        prompts = make_prompts(self._tokenizer.vocabulary, image.grid)
         drawn = [prompts.text_to_image(self._tokenizer.text.encode(prompt)) for prompt in self._prompts]
-        described = prompts.infill_text([], [], np.zeros(image.grid, dtype=np.uint16), max_new_tokens=2)
+        codes_HW = np.zeros(image.grid, dtype=np.uint16)
+        if isinstance(prompts, TurnPrompts):
+            described = prompts.words([ImageCodes(codes_HW)], max_new_tokens=2)
+        else:
+            described = prompts.infill_text([], [], codes_HW, max_new_tokens=2)
         wanted = [*((request, self._defaults) for request in drawn), (described, SamplingSettings())]
         for number, (request, settings) in enumerate(wanted):
             try:

@@ -23,8 +23,10 @@ from cm3.tokenizers.document import (
     TextTokens,
     TokenizedDocument,
     document_to_ids,
+    segment_places,
 )
 from cm3.tokenizers.instruct import ANSWERS, answer_spans
+from cm3.tokenizers.layout import CM3_LAYOUT, Layout
 from cm3.tokenizers.vocabulary import Vocabulary
 
 SHARDS_FOLDER = "shards"
@@ -56,7 +58,12 @@ def shard_path(folder: str | Path, number: int) -> Path:
     return Path(folder) / SHARDS_FOLDER / f"{number:05d}.arrow"
 
 
-def write_shard(path: str | Path, documents: Sequence[TokenizedDocument], metadata: dict[str, str]) -> None:
+def write_shard(
+    path: str | Path,
+    documents: Sequence[TokenizedDocument],
+    metadata: dict[str, str],
+    layout: Layout = CM3_LAYOUT,
+) -> None:
     """Write one shard, whole or not at all.
 
     Args:
@@ -65,6 +72,7 @@ def write_shard(path: str | Path, documents: Sequence[TokenizedDocument], metada
             context; `metadata["row"]` names its raw row; `metadata["answers"]` says where the answers of an
             instruction stand, see `cm3.tokenizers.instruct`.
         metadata: Kept in the file, see `read_shard_metadata`.
+        layout: How the documents are to be written as ids, which decides their lengths.
     """
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
     for document in documents:
@@ -73,12 +81,11 @@ def write_shard(path: str | Path, documents: Sequence[TokenizedDocument], metada
         shapes = [
             part.codes_HW.shape if isinstance(part, ImageCodes) else (0, len(part.tokens)) for part in document.segments
         ]
-        tokens = sum(map(len, texts)) + sum(map(len, codes))
         columns["text"].append(np.concatenate(texts) if texts else np.empty(0, dtype=np.int32))
         columns["codes"].append(np.concatenate(codes) if codes else np.empty(0, dtype=np.uint16))
         columns["segments"].append(np.array(shapes, dtype=np.int32).ravel())
         columns["retrieved"].append(document.metadata.get("retrieved", 0))
-        columns["length"].append(tokens + len(shapes) + 1)
+        columns["length"].append(segment_places(document, layout)[-1])
         columns["row"].append(document.metadata.get("row"))
         columns["answers"].append(np.array(document.metadata.get(ANSWERS, ()), dtype=np.int32).ravel())
         columns["digest"].append(_digest(document))
@@ -173,14 +180,14 @@ class ShardedDocuments:
     def answer_spans(self, index: int) -> np.ndarray:
         """Start and stop of every answer among `ids(index)`, int64 of shape (N, 2); none of a document that is no
         instruction."""
-        return answer_spans(self[index])
+        return answer_spans(self[index], self.vocabulary.layout)
 
     def num_retrieved_ids(self, index: int) -> int:
-        """How many ids at the start of a document, `</s>` and breaks included, belong to retrieved
+        """How many ids at the start of a document, marks included, belong to retrieved
         context."""
         shard, row = self._locate(index)
         retrieved = shard.retrieved[row]
-        return int(1 + shard.segment_lengths(row)[:retrieved].sum() + retrieved) if retrieved else 0
+        return segment_places(shard.document(row), self.vocabulary.layout)[retrieved] if retrieved else 0
 
     def _locate(self, index: int) -> tuple[_Shard, int]:
         if not 0 <= index < len(self):

@@ -1,9 +1,9 @@
 """What may come next: a finite-state machine over kinds of ids, run as tensors on the device.
 
 A `Grammar` is a small program of states, built on the host by one of the functions below; every stream it
-lets through parses as a document (spec 1.2) or as the moved spans of one (spec 2.2). `GrammarTables` joins
-the programs of a batch into one transition table, so that rows in different modalities share a step. Letters
-added: X states, Z kinds of ids.
+lets through parses as a document in the layout of the vocabulary (spec 1.2, 9.4) or as the moved spans of one
+(spec 2.2). `GrammarTables` joins the programs of a batch into one transition table, so that rows in different
+modalities share a step. Letters added: X states, Z kinds of ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from cm3.tokenizers.layout import CM3_LAYOUT, Layout, Place
 from cm3.tokenizers.vocabulary import Vocabulary
 
 
@@ -26,7 +27,16 @@ class Kind(IntEnum):
     EOS = 3
     EOSS = 4
     OTHER = 5
+    IMAGE_START = 6
+    IMAGE_END = 7
 
+
+_KIND_OF_PLACE: dict[Place, Kind] = {
+    "between": Kind.BREAK,
+    "image_start": Kind.IMAGE_START,
+    "image_end": Kind.IMAGE_END,
+    "end": Kind.EOS,
+}
 
 END = 0
 """The state after the last id; a row that has ended stays there and takes `<pad>`."""
@@ -139,19 +149,35 @@ class After(IntEnum):
     """What the prompt of an interleaved completion ends in."""
 
     BREAK = 0
-    """`<break>`, or the `</s>` that opens the document: a segment must begin."""
+    """`<break>`, or the id that opens the document: a segment must begin."""
     TEXT = 1
     """A text id: the text may go on."""
     IMAGE = 2
-    """The last code of an image."""
+    """The last code of an image, with its frame where the layout has one."""
 
 
-def interleaved(codes_per_image: int, after: After) -> Grammar:
-    """Text and images in any order, `<break>` between segments, `</s>` at the end; no segment is empty."""
+def interleaved(codes_per_image: int, after: After, layout: Layout = CM3_LAYOUT, *, images: bool = True) -> Grammar:
+    """Text and images in any order, to the end of the document.
+
+    With `<break>` between segments no segment is empty. Where nothing parts them, the document may end at once.
+
+    Args:
+        codes_per_image: Codes of an image.
+        after: What the prompt ends in.
+        layout: How documents are written.
+        images: Whether images may come, too.
+    """
     program = _Program()
+    if layout.between is None:
+        text, codes, closing = range(1, 4)
+        begin_image = {Kind.IMAGE_START: codes} if images else {}
+        program.add({Kind.TEXT: text, **begin_image, Kind.EOS: END})
+        program.add({Kind.IMAGE: closing}, count=codes_per_image)
+        program.add({Kind.IMAGE_END: text})
+        return program.starting_at(text)
     segment, text, rest, closed = range(1, 5)
     image_state = closed if codes_per_image == 1 else rest
-    program.add({Kind.TEXT: text, Kind.IMAGE: image_state})
+    program.add({Kind.TEXT: text, Kind.IMAGE: image_state} if images else {Kind.TEXT: text})
     program.add({Kind.TEXT: text, Kind.BREAK: segment, Kind.EOS: END})
     program.add({Kind.IMAGE: closed}, count=codes_per_image - 1)
     program.add({Kind.BREAK: segment, Kind.EOS: END})
@@ -164,9 +190,11 @@ def id_kinds(vocabulary: Vocabulary) -> Int[Tensor, " V"]:
     kind_V = torch.full_like(ids_V, Kind.OTHER)
     kind_V[vocabulary.is_text(ids_V)] = Kind.TEXT
     kind_V[vocabulary.is_image(ids_V)] = Kind.IMAGE
-    kind_V[vocabulary.break_id] = Kind.BREAK
-    kind_V[vocabulary.eos_id] = Kind.EOS
-    kind_V[vocabulary.eoss_id] = Kind.EOSS
+    if vocabulary.num_sentinels:
+        kind_V[vocabulary.eoss_id] = Kind.EOSS
+    for place, kind in _KIND_OF_PLACE.items():
+        for id in vocabulary.mark(place):
+            kind_V[id] = kind
     return kind_V
 
 

@@ -16,6 +16,9 @@ whenever it masks that one segment; what was masked would come after the picture
 
 The first two are the streams of guidance by picture and text (InstructPix2Pix, equation 3). `E S B` is the prompt of
 any picture at all: no training example of one masked segment lacks both the user's picture and the user's text.
+
+A model that answers in turns is asked for words with just what the user gives, in that order, and for a picture with
+the wording of the task up to it, see `cm3.generation.turns`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +32,9 @@ from cm3.errors import DataError, RequestError
 from cm3.generation import grammar
 from cm3.generation.request import Request
 from cm3.generation.trained import UNGUIDED, Picture, TrainedModel
+from cm3.generation.turns import TurnPrompts
 from cm3.tokenizers.document import Document, Image, ImageCodes, Text, TextTokens, TokenizedDocument, document_to_ids
-from cm3.tokenizers.instruct import answer_spans, lay_out, tokenize_examples
+from cm3.tokenizers.instruct import Layout, answer_spans, lay_out, tokenize_examples
 from cm3.tokenizers.instruct_tasks import TASKS, image_fields, is_image_field
 from cm3.tokenizers.vocabulary import Vocabulary
 
@@ -51,22 +55,14 @@ def instruct(
     if task not in TASKS:
         raise RequestError(f"there is no task {task!r}; choose among {', '.join(TASKS)}")
     draws = bool(image_fields(TASKS[task].assistant))
+    if draws:
+        model.tokenizer.image.require_decoder()
     settings = model.sampling(sampling if draws else {"temperature": 0.0, **sampling, **UNGUIDED})
     documents = [_document(model, task, number, row) for number, row in enumerate(contents)]
     if not documents:
         return []
     tokenized = tokenize_examples(model.tokenizer, documents)
-    vocabulary = model.tokenizer.vocabulary
-    if draws:
-        codes_per_image = model.tokenizer.image.codes_per_image
-        requests = [picture_request(document, vocabulary, codes_per_image, seed=seed) for document in tokenized]
-    else:
-        requests = [
-            words_request(document, vocabulary, max_new_tokens=max_new_tokens, seed=seed).fitted(
-                model.transformer.config.max_positions
-            )
-            for document in tokenized
-        ]
+    requests = [_request(model, document, draws, max_new_tokens, seed) for document in tokenized]
     outputs = [samples[0] for samples in model.engine.run(requests, settings)]
     if not draws:
         return [model.text_of(new_ids).strip() for new_ids in outputs]
@@ -142,6 +138,20 @@ def picture_request(document: TokenizedDocument, vocabulary: Vocabulary, codes_p
     )
 
 
+def _request(model: TrainedModel, document: TokenizedDocument, draws: bool, max_new_tokens: int, seed: int) -> Request:
+    """The answer to an instruction, in the way of the model."""
+    prompts, vocabulary = model.prompts, model.tokenizer.vocabulary
+    if draws:
+        if isinstance(prompts, TurnPrompts):
+            return prompts.picture(document.segments, seeds=(seed,))
+        return picture_request(document, vocabulary, model.tokenizer.image.codes_per_image, seed=seed)
+    if isinstance(prompts, TurnPrompts):
+        request = prompts.words(document.segments, max_new_tokens=max_new_tokens, seeds=(seed,))
+    else:
+        request = words_request(document, vocabulary, max_new_tokens=max_new_tokens, seed=seed)
+    return request.fitted(model.transformer.config.max_positions)
+
+
 def _opening(document: TokenizedDocument, vocabulary: Vocabulary, masked: Sequence[int] = ()) -> tuple[int, ...]:
     """The ids up to the next segment, with a sentinel in the place of each masked segment."""
     ids = [vocabulary.eos_id]
@@ -164,7 +174,8 @@ def _document(model: TrainedModel, task: str, number: int, row: Any) -> Document
         )
     parts = [Text(part) if isinstance(part, str) else Image(model.square(part)) for part in row]
     try:
-        document = lay_out([parts], task=task)
+        layout: Layout = "turns" if isinstance(model.prompts, TurnPrompts) else "text_first"
+        document = lay_out([parts], task=task, layout=layout)
     except DataError as error:
         raise RequestError(f"row {number}: {error}") from error
     names = [name for name in TASKS[task].user if not is_image_field(name)]

@@ -11,6 +11,8 @@ E `</s>`, B `<break>`, S `<sentinel>`:
 
 Retrieved documents (docs) come before the rest, every one of their segments closed by B, as CM3Leon has it
 (figures 8 and 9): two pairs of text and image are E T1 B I1 B T2 B I2 B.
+
+Only the last line holds in every layout of documents. For models that answer in turns see `cm3.generation.turns`.
 """
 
 from collections.abc import Sequence
@@ -86,6 +88,7 @@ class Prompts:
             context: retrieved documents, in their order in the prompt.
             max_new_tokens: budget of new ids; the `<eoss>` that ends the text is one of them.
         """
+        self._require_sentinels()
         sentinel = self.vocabulary.sentinel_id(0)
         prompt = [self._eos, *self._context(context), *self._text(before), sentinel, *self._text(after)]
         if codes_HW is not None:
@@ -120,6 +123,7 @@ class Prompts:
         Raises:
             RequestError: the mask is empty, or has more runs than the vocabulary has sentinels.
         """
+        self._require_sentinels()
         ids = self._image(codes_HW)
         if mask_HW.shape != self.grid or not mask_HW.any():
             raise RequestError(
@@ -154,18 +158,22 @@ class Prompts:
         segments: Sequence[TextTokens | ImageCodes],
         *,
         max_new_tokens: int,
+        images: bool = True,
         seeds: Sequence[int] = (0,),
     ) -> Request:
         """The rest of a document that begins with these segments (none: a whole document), up to its `</s>`.
 
         A text goes on where it stops; after an image a new segment begins. Images are written only where the
         budget has room for all of their codes.
+
+        Args:
+            images: whether images may be written, too.
         """
-        prompt = [self._eos]
+        prompt = [*self.vocabulary.mark("start")]
         after = After.BREAK
         for index, segment in enumerate(segments):
             if index > 0:
-                prompt.append(self._break)
+                prompt += self.vocabulary.mark("between")
             prompt += self._segment(segment)
             if isinstance(segment, ImageCodes):
                 after = After.IMAGE
@@ -173,7 +181,7 @@ class Prompts:
                 after = After.TEXT if len(segment.tokens) else After.BREAK
         return Request(
             prompt_ids=tuple(prompt),
-            grammar=grammar.interleaved(self._codes_per_image, after),
+            grammar=grammar.interleaved(self._codes_per_image, after, self.vocabulary.layout, images=images),
             max_new_tokens=max_new_tokens,
             seeds=tuple(seeds),
         )
@@ -221,7 +229,17 @@ class Prompts:
         return ids
 
     def _segment(self, segment: TextTokens | ImageCodes) -> list[int]:
-        return self._image(segment.codes_HW) if isinstance(segment, ImageCodes) else self._text(segment.tokens)
+        if not isinstance(segment, ImageCodes):
+            return self._text(segment.tokens)
+        codes = self._image(segment.codes_HW)
+        return [*self.vocabulary.mark("image_start"), *codes, *self.vocabulary.mark("image_end")]
+
+    def _require_sentinels(self) -> None:
+        if not self.vocabulary.num_sentinels:
+            raise RequestError(
+                "this model has no sentinels (a Chameleon has none) and cannot fill in a part of a text or a picture; "
+                "let it complete a document, or draw a whole picture"
+            )
 
     def _text(self, pieces: Sequence[int] | np.ndarray) -> list[int]:
         return self.vocabulary.text_to_ids(pieces).tolist()

@@ -16,8 +16,8 @@ from cm3.checkpoint import read_json
 from cm3.errors import ModelFilesError, RequestError
 from cm3.generation.context import ContextDocument, ContextFinder
 from cm3.generation.engine import Engine
-from cm3.generation.prompts import Prompts
 from cm3.generation.settings import SamplingSettings
+from cm3.generation.turns import make_prompts
 from cm3.model.lora import load_adapter
 from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model
 from cm3.model.transformer import Transformer
@@ -56,7 +56,7 @@ class TrainedModel:
         self.defaults = defaults or SamplingSettings()
         self.card = card
         self.engine = Engine(transformer, tokenizer.vocabulary)
-        self.prompts = Prompts(tokenizer.vocabulary, tokenizer.image.grid)
+        self.prompts = make_prompts(tokenizer.vocabulary, tokenizer.image.grid)
         self._contexts: ContextFinder | None = None
 
     @classmethod

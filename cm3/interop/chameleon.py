@@ -22,6 +22,7 @@ _SWITCHES: dict[str, Any] = {
     "qk_norm": True,
     "tie_embeddings": False,
     "dropout": 0.0,
+    "norm_epsilon": 1e-5,
 }
 _IGNORED = -100  # a label that `transformers` leaves out of the loss
 

@@ -1,46 +1,44 @@
-"""Chameleon in Hugging Face's format (`model_type: chameleon`): a folder of theirs to one of ours, and back.
+"""Chameleon in files of others to a folder of ours: Hugging Face's format (`model_type: chameleon`), or Meta's own.
 
-Chameleon: arXiv:2405.09818. Weights go through memory a file at a time. Their format has the encoder of the image
-tokenizer and lacks its decoder, which Chameleon's own `vqgan.ckpt` has.
+Chameleon: arXiv:2405.09818. Weights go through memory a file at a time. Hugging Face's format has the encoder of the
+image tokenizer and lacks its decoder, which Chameleon's own `vqgan.ckpt` has. Two families of models came from
+Chameleon in this format with changes: Anole, some of whose folders have the decoder too, and Lumina-mGPT, whose
+folders have no image tokenizer at all and one norm of queries and keys for many heads.
 """
 
 import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cm3.checkpoint import (
-    StoredTensor,
-    atomic_path,
-    check_shapes,
-    read_json,
-    stored_tensors,
-    stream_model_weights,
-    write_json,
+from cm3.checkpoint import StoredTensor, atomic_path, check_shapes, read_json, stored_tensors, stream_model_weights
+from cm3.errors import ModelFilesError, RequestError
+from cm3.interop.chameleon_files import (
+    TOKENIZER_JSON,
+    ForeignChameleon,
+    image_tokenizer,
+    norms_are_shared,
+    widest_dtype,
 )
-from cm3.errors import ConfigError, ModelFilesError, RequestError
-from cm3.interop.chameleon import require_chameleon
-from cm3.interop.chameleon_layout import Part, chameleon_layout, join_parts, split_parts
-from cm3.interop.chameleon_names import chameleon_vocabulary, names_of_tokenizer
-from cm3.interop.chameleon_settings import foreign_settings, model_config, vq_config
-from cm3.interop.taming import OUR_CODEBOOK, THEIR_CODEBOOK, load_vqgan, vqgan_of_tensors
+from cm3.interop.chameleon_layout import chameleon_layout, join_parts
+from cm3.interop.chameleon_meta import PARAMS_FILE, meta_folder, read_meta
+from cm3.interop.chameleon_names import names_of_tokenizer
+from cm3.interop.chameleon_settings import model_config, vq_config
+from cm3.interop.chameleon_text import GENERATION, chameleon_vocabulary
+from cm3.interop.taming import OUR_CODEBOOK, THEIR_CODEBOOK
 from cm3.model.config import ModelConfig
-from cm3.model.pretrained import read_model_config, save_settings
+from cm3.model.pretrained import save_settings
 from cm3.model.transformer import Transformer
 from cm3.pretrained import CONFIG_FILE
 from cm3.tokenizers.document import VOCABULARY_FILE
-from cm3.tokenizers.image import ImageTokenizer, WeightPrecision
 from cm3.tokenizers.taming import TamingConfig, TamingVQGAN
-from cm3.tokenizers.vocabulary import Vocabulary
 
 MODEL_TYPE = "chameleon"
-TOKENIZER_JSON = "tokenizer.json"
 CARRIED_FILES = (
     TOKENIZER_JSON,
     "tokenizer_config.json",
@@ -50,9 +48,8 @@ CARRIED_FILES = (
 )
 """Their files of tokenizer and processor, which lie in our folder as they are, for the way back."""
 _VQ = "model.vqmodel."
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODEBOOK_TOLERANCE = 2**-8
-"""Relative difference of the codebooks of one image tokenizer in fp32 and bf16, at most."""
+_LUMINA = "ChameleonXLLMX"
+"""How the names of Lumina-mGPT's classes begin."""
 
 
 def import_chameleon(
@@ -62,98 +59,54 @@ def import_chameleon(
     vqgan: str | Path | None = None,
     max_shard_size: int | str = "5GB",
 ) -> ModelConfig:
-    """Write a Chameleon of Hugging Face as a model folder of ours.
+    """Write a Chameleon of others as a model folder of ours.
 
     Args:
-        source: A folder with `config.json`, `tokenizer.json` and safetensors in one file or in shards.
+        source: A folder of Hugging Face's, with `config.json`, `tokenizer.json` and safetensors in one file or in
+            shards; or of Meta's, with `models/7b` (or that folder) and `tokenizer`.
         destination: The folder to write; must not exist, or be empty.
         vqgan: Chameleon's `vqgan.ckpt` with its YAML file beside it: the image tokenizer with its decoder. Without it
-            pictures can be read and not drawn.
+            a folder of Hugging Face's can read pictures and not draw; one of Meta's has its own.
         max_shard_size: Bytes of a weight file at most, as a number or such as "5GB"; about what is in memory at once.
 
     Raises:
-        RequestError: the destination holds something.
+        RequestError: the destination holds something, or the source several models or no image tokenizer.
         ModelFilesError: a file is missing or damaged, the model is no Chameleon or of a form that is not known, or
             tensors are missing, unexpected or of other shapes; the message lists them.
     """
     source, destination = Path(source), Path(destination)
     require_empty(destination)
-    settings = _settings(source)
-    config, encoder = model_config(settings, source), vq_config(settings, source)
-    stored = stored_tensors(source)
-    layout = chameleon_layout(config)
-    _check_tensors(stored, layout, encoder, source)
-    config = replace(config, qk_norm_per_head=not _norms_are_shared(stored, layout))
-    vocabulary = chameleon_vocabulary(_names(settings, source), config.vocabulary_size, str(source))
-    image = _image_tokenizer(stored, encoder, vqgan, source)
-    if image.num_codes != vocabulary.image_range.size:
+    weights = meta_folder(source)
+    found = read_meta(weights, vqgan) if weights else _read_hugging_face(source, vqgan)
+    config = replace(found.config, qk_norm_per_head=not norms_are_shared(found))
+    vocabulary = chameleon_vocabulary(found.names, config.vocabulary_size, str(source), named_sizes=found.named_sizes)
+    if found.image.num_codes != vocabulary.image_range.size:
         raise ModelFilesError(
-            f"{source} names {vocabulary.image_range.size} image codes, its image tokenizer has {image.num_codes}"
+            f"{source} names {vocabulary.image_range.size} image codes, its image tokenizer has {found.image.num_codes}"
         )
-    dtype = _widest_dtype([tensor for name, tensor in stored.items() if not name.startswith(_VQ)])
+    dtype = widest_dtype(found.tensors.values())
     with torch.device("meta"):
         planned = Transformer(config).to(dtype).state_dict()
 
     def make(name: str) -> Tensor:
-        return join_parts(layout[name], lambda part: stored[part].read().to(dtype), planned[name].shape)
+        return join_parts(found.layout[name], lambda part: found.tensors[part].read().to(dtype), planned[name].shape)
 
     with atomic_path(destination) as folder:
         stream_model_weights(folder, planned, make, max_shard_size)
-        image.save(folder)
+        found.image.save(folder)
         vocabulary.save(folder / VOCABULARY_FILE)
-        _carry(source, folder)
+        found.save_text_files(folder)
         text_hash = hashlib.sha256((folder / TOKENIZER_JSON).read_bytes()).hexdigest()
-        tokenizer_hash = hashlib.sha256("\n".join((text_hash, image.hash, vocabulary.hash)).encode()).hexdigest()
-        save_settings(folder, config, tokenizer_hash=tokenizer_hash, card=_card(source, config), dtype=dtype)
+        tokenizer_hash = hashlib.sha256("\n".join((text_hash, found.image.hash, vocabulary.hash)).encode()).hexdigest()
+        save_settings(
+            folder,
+            config,
+            tokenizer_hash=tokenizer_hash,
+            card=_card(found.origin, config),
+            generation=GENERATION,
+            dtype=dtype,
+        )
     return config
-
-
-def export_chameleon(source: str | Path, destination: str | Path, *, max_shard_size: int | str = "5GB") -> None:
-    """Write a Chameleon of ours in Hugging Face's format; `import_chameleon` of that gives the same weights again.
-
-    The decoder of the image tokenizer, for which the format has no place, stays behind.
-
-    Args:
-        source: A model folder that `import_chameleon` wrote, or one that was trained on from such.
-        destination: The folder to write; must not exist, or be empty.
-        max_shard_size: Bytes of a weight file at most, as a number or such as "5GB".
-
-    Raises:
-        RequestError: the destination holds something.
-        ConfigError: the model is no Chameleon.
-        ModelFilesError: a file is missing or damaged.
-    """
-    source, destination = Path(source), Path(destination)
-    require_empty(destination)
-    config = read_model_config(source)
-    require_chameleon(replace(config, dropout=0.0))
-    vocabulary, tokenizer = Vocabulary.load(source / VOCABULARY_FILE), ImageTokenizer.load(source)
-    image = tokenizer.model
-    if not isinstance(image, TamingVQGAN):
-        raise ConfigError(f"{source} has an image tokenizer of our own, for which Chameleon's format has no place")
-    stored = stored_tensors(source)
-    with torch.device("meta"):
-        own = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
-    check_shapes(own, {name: tensor.shape for name, tensor in stored.items()}, str(source), "Transformer")
-    dtype = _widest_dtype(list(stored.values()))
-    layout = chameleon_layout(config)
-    owner = {part.name: name for name, parts in layout.items() for part in parts}
-    encoder = _encoder_tensors(image, torch.float32 if tokenizer.precision == "fp32" else dtype)
-    planned = {
-        part.name: torch.empty(part.shape, dtype=dtype, device="meta") for parts in layout.values() for part in parts
-    }
-
-    def make(foreign: str) -> Tensor:
-        if foreign in encoder:
-            return encoder[foreign]
-        name = owner[foreign]
-        return dict(split_parts(stored[name].read().to(dtype), layout[name]))[foreign]
-
-    with atomic_path(destination) as folder:
-        stream_model_weights(folder, planned | encoder, make, max_shard_size)
-        _carry(source, folder)
-        names = names_of_tokenizer(read_json(source / TOKENIZER_JSON), str(source / TOKENIZER_JSON))
-        write_json(folder / CONFIG_FILE, foreign_settings(config, image.config, vocabulary, names, dtype))
 
 
 def require_empty(folder: Path) -> None:
@@ -162,7 +115,54 @@ def require_empty(folder: Path) -> None:
         raise RequestError(f"{folder} is not empty; choose a folder that does not exist yet")
 
 
+def carry_text_files(source: Path, folder: Path) -> None:
+    """Copy what there is of tokenizer and processor."""
+    for name in CARRIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def vq_tensors(model: TamingVQGAN, dtype: torch.dtype = torch.float32, *, decoder: bool = False) -> dict[str, Tensor]:
+    """The tensors of an image tokenizer by their names in Hugging Face's format."""
+    return {
+        _VQ + (THEIR_CODEBOOK if name == OUR_CODEBOOK else name): tensor.to(dtype)
+        for name, tensor in model.state_dict().items()
+        if decoder or not name.startswith("decoder.")
+    }
+
+
+def _read_hugging_face(source: Path, vqgan: str | Path | None) -> ForeignChameleon:
+    """Look into a folder, every tensor accounted for, those of the image tokenizer included."""
+    settings = _settings(source)
+    path = source / CONFIG_FILE
+    config, vq = model_config(settings, path), vq_config(settings, path)
+    stored = stored_tensors(source)
+    vq = replace(vq, decoder=any(name.startswith(f"{_VQ}decoder.") for name in stored))
+    layout = chameleon_layout(config, _norm_rows(stored, config, source))
+    expected = {part.name: part.shape for parts in layout.values() for part in parts}
+    if any(name.startswith(_VQ) for name in stored):
+        expected |= _vq_shapes(vq)
+    check_shapes(expected, {name: tensor.shape for name, tensor in stored.items()}, str(source), "Chameleon")
+    vq_stored = {name.removeprefix(_VQ): tensor for name, tensor in stored.items() if name.startswith(_VQ)}
+    is_lumina = any(name.startswith(_LUMINA) for name in settings.get("architectures") or ())
+    return ForeignChameleon(
+        config=config,
+        layout=layout,
+        tensors={name: tensor for name, tensor in stored.items() if not name.startswith(_VQ)},
+        names=_names(settings, source),
+        image=image_tokenizer(vq_stored, vq, vqgan, source),
+        save_text_files=lambda target: carry_text_files(source, target),
+        origin=f"`{source.name}`, a {'Lumina-mGPT' if is_lumina else 'Chameleon'} in Hugging Face's format",
+        named_sizes=is_lumina,
+    )
+
+
 def _settings(source: Path) -> dict[str, Any]:
+    if not (source / CONFIG_FILE).is_file():
+        raise ModelFilesError(
+            f"{source} has neither {CONFIG_FILE}, as Hugging Face's folders, nor {PARAMS_FILE} or models/7b/"
+            f"{PARAMS_FILE}, as Meta's; check the path"
+        )
     settings = read_json(source / CONFIG_FILE)
     found = settings.get("model_type") if isinstance(settings, dict) else None
     if found != MODEL_TYPE:
@@ -177,6 +177,8 @@ def _names(settings: Mapping[str, Any], source: Path) -> dict[str, int]:
     path = source / TOKENIZER_JSON
     names = names_of_tokenizer(read_json(path), str(path))
     mapped = settings.get("vocabulary_map") or {}
+    if not isinstance(mapped, dict) or not all(isinstance(id, int) for id in mapped.values()):
+        raise ModelFilesError(f"the vocabulary_map of {source / CONFIG_FILE} is no table of ids; download it again")
     if other := [name for name, id in mapped.items() if names.get(name, id) != id]:
         raise ModelFilesError(
             f"{path} has {other[0]} at id {names[other[0]]}, the vocabulary_map of {CONFIG_FILE} at "
@@ -185,70 +187,30 @@ def _names(settings: Mapping[str, Any], source: Path) -> dict[str, int]:
     return names | mapped
 
 
-def _check_tensors(
-    stored: Mapping[str, StoredTensor], layout: Mapping[str, tuple[Part, ...]], encoder: TamingConfig, source: Path
-) -> None:
-    """Compare names and shapes of all tensors, those of the image tokenizer included, before anything is written."""
-    expected = {part.name: part.shape for parts in layout.values() for part in parts}
+def _norm_rows(stored: Mapping[str, StoredTensor], config: ModelConfig, source: Path) -> tuple[int, int]:
+    """Rows of the norms of queries and keys: one for each head, or for as many neighbouring heads as share one."""
+    rows = []
+    for name, heads in (("q_norm", config.num_heads), ("k_norm", config.key_value_heads)):
+        first = stored.get(f"model.layers.0.self_attn.{name}.weight")
+        shape = first.shape if first else ()
+        if len(shape) == 1:
+            raise ModelFilesError(
+                f"{source} has one {name} of {shape[0]} for all heads, as the copy of transformers in Anole's "
+                "repository writes it; the rows of queries and keys then stand in another order. Convert it with its "
+                "training/bin_to_pth.py and import the result"
+            )
+        rows.append(shape[0] if len(shape) == 2 and 0 < shape[0] <= heads and heads % shape[0] == 0 else heads)
+    return rows[0], rows[1]
+
+
+def _vq_shapes(config: TamingConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        expected |= {name: tuple(tensor.shape) for name, tensor in _encoder_tensors(TamingVQGAN(encoder)).items()}
-    check_shapes(expected, {name: tensor.shape for name, tensor in stored.items()}, str(source), "Chameleon")
+        return {name: tuple(tensor.shape) for name, tensor in vq_tensors(TamingVQGAN(config), decoder=True).items()}
 
 
-def _norms_are_shared(stored: Mapping[str, StoredTensor], layout: Mapping[str, tuple[Part, ...]]) -> bool:
-    """Whether the norms of queries and keys are the same for all heads of each layer."""
-    names = [part.name for name, parts in layout.items() for part in parts if "q_norm." in name or "k_norm." in name]
-    norms_NK = (stored[name].read() for name in names)
-    return all(bool((norm_NK == norm_NK[:1]).all()) for norm_NK in norms_NK)
-
-
-def _image_tokenizer(
-    stored: Mapping[str, StoredTensor], encoder: TamingConfig, vqgan: str | Path | None, source: Path
-) -> ImageTokenizer:
-    """The image tokenizer of their weights, or of Chameleon's own checkpoint, which must be the same one."""
-    found = {name.removeprefix(_VQ): tensor for name, tensor in stored.items() if name.startswith(_VQ)}
-    if vqgan is None:
-        precision: WeightPrecision = "bf16" if _widest_dtype(list(found.values())) == torch.bfloat16 else "fp32"
-        tensors = {name: tensor.read() for name, tensor in found.items()}
-        return ImageTokenizer(vqgan_of_tensors(encoder, tensors, str(source)), precision)
-    model = load_vqgan(vqgan)
-    if replace(model.config, decoder=False) != encoder:
-        raise ModelFilesError(f"{vqgan} has the shape {model.config}, {source} has {encoder}; use files of one model")
-    own, theirs = model.quantizer.codebook_QE, found[THEIR_CODEBOOK].read().float()
-    if not torch.allclose(own, theirs, rtol=_CODEBOOK_TOLERANCE, atol=0.0):
-        raise ModelFilesError(f"{vqgan} and {source} have different codebooks; use files of one model")
-    return ImageTokenizer(model)
-
-
-def _encoder_tensors(model: TamingVQGAN, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The tensors of an image tokenizer by their names in Chameleon's format, without the decoder."""
-    return {
-        _VQ + (THEIR_CODEBOOK if name == OUR_CODEBOOK else name): tensor.to(dtype)
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("decoder.")
-    }
-
-
-def _widest_dtype(tensors: list[StoredTensor]) -> torch.dtype:
-    """The type that holds all tensors without loss."""
-    if unknown := [tensor for tensor in tensors if tensor.dtype not in _DTYPES]:
-        raise ModelFilesError(
-            f"{unknown[0].path} has {unknown[0].name} in {unknown[0].dtype}, known are {', '.join(_DTYPES)}; use "
-            "weights that are not quantised"
-        )
-    return reduce(torch.promote_types, {_DTYPES[tensor.dtype] for tensor in tensors})
-
-
-def _carry(source: Path, folder: Path) -> None:
-    for name in CARRIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _card(source: Path, config: ModelConfig) -> str:
+def _card(origin: str, config: ModelConfig) -> str:
     """The text of README.md."""
     return (
-        f"# Chameleon, imported\n\nMade of `{source.name}`, a Chameleon in Hugging Face's format, by `cm3 import "
-        f"chameleon`: {config.num_layers} layers of width {config.width}. The licence of the weights is that of their "
-        "source.\n"
+        f"# Chameleon, imported\n\nMade of {origin}, by `cm3 import chameleon`: {config.num_layers} layers of width "
+        f"{config.width}. The licence of the weights is that of their source.\n"
     )

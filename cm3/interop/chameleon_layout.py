@@ -23,10 +23,18 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     rotated_heads: int = 0
     """Heads whose rows are turned by positions and stand in another order in ours; 0: the same order."""
+    repeats: int = 1
+    """Heads that share each row of a norm."""
 
 
-def chameleon_layout(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
-    """By the name of each tensor of `Transformer(config)`: the foreign tensors that hold its rows, in order."""
+def chameleon_layout(config: ModelConfig, norm_rows: tuple[int, int] | None = None) -> dict[str, tuple[Part, ...]]:
+    """By the name of each tensor of `Transformer(config)`: the foreign tensors that hold its rows, in order.
+
+    Args:
+        config: Of a Chameleon.
+        norm_rows: Rows of the norms of queries and of keys, each for as many neighbouring heads; None: one for every
+            head, as `transformers` has them.
+    """
     vocabulary = (config.vocabulary_size, config.width)
     layout: dict[str, tuple[Part, ...]] = {
         "embedding.weight": (Part("model.embed_tokens.weight", vocabulary),),
@@ -34,14 +42,14 @@ def chameleon_layout(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
         "head.weight": (Part("lm_head.weight", vocabulary),),
     }
     for index in range(config.num_layers):
-        for name, parts in _block_layout(config).items():
+        for name, parts in _block_layout(config, norm_rows).items():
             layout[f"blocks.{index}.{name}"] = tuple(
                 part._replace(name=f"model.layers.{index}.{part.name}") for part in parts
             )
     return layout
 
 
-def _block_layout(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+def _block_layout(config: ModelConfig, norm_rows: tuple[int, int] | None) -> dict[str, tuple[Part, ...]]:
     width, inner = config.width, config.ffn_width
     heads, groups, head_width = config.num_heads, config.key_value_heads, config.head_width
     query, key_value = (heads * head_width, width), (groups * head_width, width)
@@ -60,23 +68,31 @@ def _block_layout(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
         ),
         "feed_forward.out.weight": (Part("mlp.down_proj.weight", (width, inner)),),
     }
-    for name, count in (("q_norm", heads), ("k_norm", groups)):
+    for name, count, rows in zip(("q_norm", "k_norm"), (heads, groups), norm_rows or (heads, groups), strict=True):
         for kind in ("weight", "bias"):
-            layout[f"attention.{name}.{kind}"] = (Part(f"self_attn.{name}.{kind}", (count, head_width), count),)
+            part = Part(f"self_attn.{name}.{kind}", (rows, head_width), rows, count // rows)
+            layout[f"attention.{name}.{kind}"] = (part,)
     return layout
 
 
 def join_parts(parts: Sequence[Part], read: Callable[[str], Tensor], shape: torch.Size) -> Tensor:
     """One of our tensors, of the foreign ones that `read` gives by name.
 
-    Theirs keep the norms of queries and keys for every head; where our shape has room for one, it is the first head's.
+    Theirs keep several norms of queries and keys for their heads; where our shape has room for one, it is the first.
     """
-    rows = [_to_pairs(read(part.name).reshape(-1, *shape[1:]), part.rotated_heads) for part in parts]
+    rows = [_rows(read(part.name).reshape(-1, *shape[1:]), part) for part in parts]
     return (rows[0] if len(rows) == 1 else torch.cat(rows))[: shape[0]]
 
 
+def _rows(tensor: Tensor, part: Part) -> Tensor:
+    rows = _to_pairs(tensor, part.rotated_heads)
+    if part.repeats == 1:
+        return rows
+    return rows.unflatten(0, (part.shape[0], -1)).repeat_interleave(part.repeats, dim=0).flatten(0, 1)
+
+
 def split_parts(tensor: Tensor, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the foreign names and tensors of one of ours: the inverse of `join_parts`."""
+    """Yield the foreign names and tensors of one of ours: the inverse of `join_parts`, with a norm for every head."""
     counts = [prod(part.shape) // prod(tensor.shape[1:]) for part in parts]
     if len(tensor) < sum(counts):  # a norm that all heads share
         tensor = tensor.repeat(sum(counts) // len(tensor))

@@ -9,13 +9,16 @@ import torch
 from cm3.errors import ConfigError, ModelFilesError
 from cm3.interop.taming import taming_config
 from cm3.model.config import ModelConfig
-from cm3.pretrained import CONFIG_FILE
 from cm3.tokenizers.taming import TamingConfig
 from cm3.tokenizers.vocabulary import Vocabulary
 
 
-def model_config(settings: Mapping[str, Any], source: Path) -> ModelConfig:
+def model_config(settings: Mapping[str, Any], path: Path) -> ModelConfig:
     """Our settings of their `config.json`, with norms of queries and keys that all heads share.
+
+    Args:
+        settings: Under the names of `config.json`.
+        path: The file that they are from, for errors.
 
     Raises:
         ModelFilesError: a setting is missing or makes another network than ours.
@@ -31,7 +34,7 @@ def model_config(settings: Mapping[str, Any], source: Path) -> ModelConfig:
         "rms_norm_eps": (settings.get("rms_norm_eps", 1e-5), 1e-5),
     }
     if other := [f"{name}={found!r} (not {known!r})" for name, (found, known) in fixed.items() if found != known]:
-        raise ModelFilesError(f"{source} has {', '.join(other)}, which is not a Chameleon that this code knows")
+        raise ModelFilesError(f"{path} has {', '.join(other)}, which is not a Chameleon that this code knows")
     try:
         return ModelConfig(
             vocabulary_size=settings["vocab_size"],
@@ -52,10 +55,10 @@ def model_config(settings: Mapping[str, Any], source: Path) -> ModelConfig:
             zero_init_outputs=False,
         )
     except (KeyError, TypeError, ConfigError) as error:
-        raise ModelFilesError(f"{source / CONFIG_FILE} cannot be used ({error}); download it again") from error
+        raise ModelFilesError(f"{path} cannot be used ({error}); download it again") from error
 
 
-def vq_config(settings: Mapping[str, Any], source: Path) -> TamingConfig:
+def vq_config(settings: Mapping[str, Any], path: Path) -> TamingConfig:
     """The shape of the image tokenizer in their `config.json`, without a decoder."""
     found = settings.get("vq_config") or {}
     try:
@@ -76,7 +79,7 @@ def vq_config(settings: Mapping[str, Any], source: Path) -> TamingConfig:
             },
         )
     except (TypeError, ConfigError, ModelFilesError) as error:
-        raise ModelFilesError(f"{source / CONFIG_FILE} has a vq_config that cannot be used: {error}") from error
+        raise ModelFilesError(f"{path} has a vq_config that cannot be used: {error}") from error
 
 
 def foreign_settings(

@@ -4,19 +4,16 @@ A checkpoint is a pickled file of tensors and a YAML file of settings beside it.
 `cm3.tokenizers.taming.TamingVQGAN`; all names but those of the codebook are theirs.
 """
 
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
-import torch
 from torch import Tensor
 
-from cm3.checkpoint import load_strict, load_tensors
+from cm3.checkpoint import load_strict
 from cm3.config import read_yaml
 from cm3.errors import CM3Error, ModelFilesError, RequestError
-from cm3.tokenizers.image import ImageTokenizer
+from cm3.interop.pickled import read_tensors
 from cm3.tokenizers.taming import TamingConfig, TamingVQGAN
 
 THEIR_CODEBOOK = "quantize.embedding.weight"
@@ -29,32 +26,21 @@ _RENAMED = {
 }
 _TRAINING_ONLY = "loss."
 """Prefix of the discriminator and the perceptual loss."""
-_TRAINER_MODULES = ("pytorch_lightning.", "lightning.")
-"""Checkpoints name classes of the trainer as keys of its state, which is not read."""
 
 
-def import_vqgan(source: str | Path, destination: str | Path, settings: str | Path | None = None) -> TamingConfig:
-    """Write the image tokenizer of a checkpoint of taming-transformers into a folder, for `ImageTokenizer.load`.
+def load_vqgan(source: str | Path, settings: str | Path | None = None) -> TamingVQGAN:
+    """Read a checkpoint of taming-transformers.
 
     Args:
         source: The checkpoint, such as `last.ckpt` or Chameleon's `vqgan.ckpt`.
-        destination: Made where it does not exist.
         settings: The YAML file of its training; None looks for one beside it.
 
     Raises:
         RequestError: there is not exactly one YAML file beside the checkpoint.
         ModelFilesError: a file is missing or damaged, of another kind of network, or the two do not fit.
     """
-    model = load_vqgan(source, settings)
-    Path(destination).mkdir(parents=True, exist_ok=True)
-    ImageTokenizer(model).save(destination)
-    return model.config
-
-
-def load_vqgan(source: str | Path, settings: str | Path | None = None) -> TamingVQGAN:
-    """Read a checkpoint of taming-transformers; see `import_vqgan`."""
     source = Path(source)
-    tensors = read_pickled(source)
+    tensors = read_tensors(source, "state_dict")
     if settings is None:
         beside = [path for pattern in ("*.yaml", "*.yml") for path in sorted(source.parent.glob(pattern))]
         if len(beside) != 1:
@@ -131,32 +117,3 @@ def taming_config(
     wanted = set(attention_sizes)
     levels = tuple(level for level in range(len(shape["channel_multipliers"])) if image_size // 2**level in wanted)
     return TamingConfig(image_size=image_size, attention_levels=levels, **shape)
-
-
-def read_pickled(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; a pickled one may hold tensors and plain values, and can run nothing.
-
-    Raises:
-        ModelFilesError: there is no such file, it is damaged, or it holds objects of other kinds.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelFilesError(f"cannot read {path}: no such file; check the path")
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zipfile(path) else []
-        stand_ins: Any = [(_TrainerClass, name) for name in named if name.startswith(_TRAINER_MODULES)]
-        with torch.serialization.safe_globals(stand_ins):
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelFilesError(f"{path} cannot be read as a file of tensors ({reason}); download it again") from error
-    tensors = values.get("state_dict", values) if isinstance(values, dict) else values
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ModelFilesError(f"{path} holds no tensors by name; choose another file")
-    return tensors
-
-
-class _TrainerClass:
-    """An empty class in place of any of the trainer's."""

@@ -104,6 +104,7 @@ class ObjectiveConfig:
         size = len(num_answers_D)
         if self.name == "causal":
             return [Mask("spans", 0)] * size
+        vocabulary.sentinel_id(0)  # says what to do where there is none
         if self.span_count == "poisson":
             counts = rng.poisson(self.span_rate, size)
         else:
@@ -256,6 +257,8 @@ def move_spans(
     ids_T: Int[np.ndarray, " T"], spans: Int[np.ndarray, "N 2"], vocabulary: Vocabulary
 ) -> Int[np.ndarray, " M"]:
     """Replace sorted disjoint spans by sentinels and append them, `<sentinel:i> span <eoss>` each."""
+    if not len(spans):
+        return ids_T.copy()  # also where the vocabulary has no sentinels
     return _joined(ids_T, spans, vocabulary.sentinel_id(0) + np.arange(len(spans)), vocabulary.eoss_id)
 
 
@@ -353,6 +356,8 @@ def _tables(vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
     """By id: whether it bounds segments (anything but text and image codes), and whether masking makes it."""
     ids = np.arange(vocabulary.size)
     boundary = ~(vocabulary.is_text(ids) | vocabulary.is_image(ids))
+    if not vocabulary.num_sentinels:
+        return boundary, np.zeros_like(boundary)
     first = vocabulary.sentinel_id(0)
     made = (ids == vocabulary.eoss_id) | ((ids >= first) & (ids < first + vocabulary.num_sentinels))
     return boundary, made

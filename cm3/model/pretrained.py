@@ -14,11 +14,20 @@ from cm3.errors import CM3Error, ModelFilesError
 from cm3.model.config import ModelConfig
 from cm3.model.transformer import Transformer
 from cm3.pretrained import CONFIG_FILE, MODEL_TYPE
+from cm3.tokenizers.document import JSON_TEXT_TOKENIZER_FILE, has_json_text_tokenizer
 
 FORMAT_VERSION = 1
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
 TOKENIZER_FILES = ("tokenizer.model", "image_tokenizer.safetensors", "image_tokenizer.json", "vocabulary.json")
+"""Of our own models; imported ones have another text tokenizer, see `tokenizer_files`."""
+
+
+def tokenizer_files(folder: str | Path) -> tuple[str, ...]:
+    """The names of the tokenizer files that a folder has, or should have."""
+    if has_json_text_tokenizer(folder):
+        return (JSON_TEXT_TOKENIZER_FILE, *TOKENIZER_FILES[1:])
+    return TOKENIZER_FILES
 
 
 def save_model(
@@ -48,11 +57,12 @@ def save_model(
         ModelFilesError: a tokenizer file is missing.
     """
     folder, source = Path(folder), Path(tokenizer_folder)
-    if missing := [name for name in TOKENIZER_FILES if not (source / name).is_file()]:
+    names = tokenizer_files(source)
+    if missing := [name for name in names if not (source / name).is_file()]:
         raise ModelFilesError(f"{source} lacks {', '.join(missing)}; prepare the data again")
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() != source.resolve():
-        for name in TOKENIZER_FILES:
+        for name in names:
             shutil.copyfile(source / name, folder / name)
     save_model_weights(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()})
     save_settings(folder, config, tokenizer_hash=tokenizer_hash, card=card, generation=generation, dtype=dtype)
