@@ -112,7 +112,7 @@ def test_positions_restart_at_each_document():
 def test_cache_mask_sdpa_equals_math(num_new, num_kv_heads):
     config = ModelConfig(vocabulary_size=8, width=64, num_layers=1, num_heads=4, num_key_value_heads=num_kv_heads)
     cache = KeyValueCache.create(config, 3, 12)
-    cache.advance(torch.tensor([0, 5, 8]))
+    cache.advance(8, torch.tensor([0, 5, 8]))
     mask = cache.plan_step(4, None if num_new is None else torch.tensor(num_new))
     q, k, v = (x.detach() for x in random_qkv(3, 13, 4, num_kv_heads))
     q = q[:, :4]

@@ -1,13 +1,18 @@
 """Cached decoding equals the full forward, row by row, whatever the neighbours and the padding."""
 
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_model_transformer import CHAMELEON, CONFIG, CONFIGS, build, random_ids
 
 from cm3.errors import ConfigError, RequestError
-from cm3.model.cache import KeyValueCache, plan_capacity
+from cm3.model import cache as cache_module
+from cm3.model import layers
+from cm3.model.cache import RUN_COST, KeyValueCache, Run, plan_capacity, similar_runs
 
 LENGTHS = [9, 3, 6]
 
@@ -149,3 +154,69 @@ def test_training_settings_do_not_disturb_decoding():
     model.activation_checkpointing = True
     cache, _ = prefill(model, ids)
     assert cache.lengths_B.tolist() == LENGTHS
+
+
+def cost_of(lengths, cuts):
+    """Slots that the runs between the cuts read, and what the runs cost themselves."""
+    edges = [0, *cuts, len(lengths)]
+    return sum(RUN_COST + (stop - start) * max(lengths[start:stop]) for start, stop in pairwise(edges))
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=7))
+def test_runs_cost_as_little_as_any_others(lengths):
+    runs = similar_runs(lengths)
+    assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])] and runs[-1].stop == len(lengths)
+    assert all(run.longest == max(lengths[run.rows]) for run in runs)
+    places = range(1, len(lengths))
+    every = (cuts for count in range(len(lengths)) for cuts in combinations(places, count))
+    assert cost_of(lengths, [run.start for run in runs[1:]]) == min(cost_of(lengths, cuts) for cuts in every)
+
+
+def test_runs_by_hand():
+    assert similar_runs([5, 7, 300, 310, 4]) == (Run(0, 2, 7), Run(2, 4, 310), Run(4, 5, 4))
+    assert similar_runs([30, 1, 2]) == (Run(0, 3, 30),)
+    assert similar_runs([]) == ()
+
+
+@CONFIGS
+@torch.inference_mode()
+def test_a_bounded_cache_reads_less_and_gives_the_same(config, monkeypatch):
+    """Rows in several runs, some of them at rest, one of them full."""
+    monkeypatch.setattr(cache_module, "RUN_COST", 1)
+    model, ids = build(config).eval(), random_ids(3)
+    free, _ = prefill(model, ids, capacity=11)
+    bounded = replace(free, keys_LBSGK=free.keys_LBSGK.clone(), values_LBSGK=free.values_LBSGK.clone())
+    bounded = replace(bounded, lengths_B=free.lengths_B.clone()).bounded(LENGTHS)
+    assert bounded.runs == (Run(0, 1, 9), Run(1, 2, 3), Run(2, 3, 6))
+    read = []
+    real = layers.attend
+    monkeypatch.setattr(
+        layers, "attend", lambda q, k, v, **more: read.append(tuple(k.shape[:2])) or real(q, k, v, **more)
+    )
+    for num_new in ([1, 1, 1], [0, 1, 1], [1, 0, 1], [0, 1, 0]):
+        step_ids, num_new = ids[torch.arange(3), free.lengths_B][:, None], torch.tensor(num_new)
+        expected = model(step_ids, cache=free, num_new_B=num_new)
+        read.clear()
+        found = model(step_ids, cache=bounded, num_new_B=num_new)
+        real_rows = num_new > 0
+        torch.testing.assert_close(found[real_rows], expected[real_rows], rtol=1e-5, atol=1e-5)
+    assert read == [(1, 11), (1, 7), (1, 10)] * config.num_layers
+    assert bounded.lengths_B.tolist() == free.lengths_B.tolist() == [11, 6, 9]
+    assert bounded.runs == (Run(0, 1, 11), Run(1, 2, 7), Run(2, 3, 10))  # the host counts a step that a row rested in
+
+
+@torch.inference_mode()
+def test_a_bounded_prefill_reads_its_own_columns(monkeypatch):
+    model, ids = build(CONFIG).eval(), random_ids(2)
+    read = []
+    real = layers.attend
+    monkeypatch.setattr(
+        layers, "attend", lambda q, k, v, **more: read.append(tuple(k.shape[:2])) or real(q, k, v, **more)
+    )
+    whole = KeyValueCache.create(CONFIG, 4, 30)
+    part = whole.rows(slice(1, 3)).bounded([0, 0])
+    hidden = model(ids[:, :9], cache=part, num_new_B=torch.tensor([9, 4]))
+    assert read == [(2, 9)] * CONFIG.num_layers
+    torch.testing.assert_close(hidden[1, :4], model(ids[1:, :4])[0], rtol=1e-4, atol=1e-4)
+    assert whole.lengths_B.tolist() == [0, 9, 4, 0] and whole.runs is None
+    assert (whole.keys_LBSGK[:, 1, :9] != 0).any() and (whole.keys_LBSGK[:, [0, 3]] == 0).all()

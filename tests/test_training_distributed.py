@@ -33,6 +33,7 @@ VARIANTS = {
     **{f"stage {stage}, offloaded": {"zero_stage": stage, "offload_optimizer": True} for stage in (1, 3)},
     "checkpointing": {"activation_checkpointing": True},
 }
+RESUMED = {"3 after stage 1": 3, "0 after stage 3": 0}
 
 
 def train(config, folder, num_processes, name):
@@ -109,6 +110,7 @@ def trained(tmp_path_factory):
     runs = {name: plain(data, root / name, **changes) for name, changes in VARIANTS.items()}
     if importlib.util.find_spec("peft"):
         runs |= {f"lora {stage}": adapted(root, f"lora {stage}", zero_stage=stage) for stage in (1, 2, 3)}
+    runs |= {name: plain(data, root / name, zero_stage=stage) for name, stage in RESUMED.items()}
     runs |= {
         f"bad {stage}": plain(bad_data, root / f"bad {stage}", objective=bad, zero_stage=stage) for stage in (0, 3)
     }
@@ -173,8 +175,7 @@ def compare(folder, values, weights):
 
 
 def test_a_checkpoint_of_one_stage_is_resumed_at_another(trained, reference):
-    """`parallel_runs.py` goes on at stage 3 from step 2 of stage 1, and at stage 0 from that of stage 3."""
-    for name in ("1 to 3", "3 to 0"):
+    for name in RESUMED:
         assert list(losses(trained / name)) == [3, 4]
         expected = {step: loss for step, loss in reference[0]["loss"].items() if step > 2}
         assert losses(trained / name) == pytest.approx(expected, rel=2e-5)

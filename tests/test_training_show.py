@@ -28,6 +28,14 @@ def test_checkpointing_keeps_the_input_of_a_layer_only(tmp_path):
     assert saved == 2 * 4096 * 4096 * 32 * 2
 
 
+def test_processes_that_share_rows_share_the_activations(tmp_path):
+    alone, shared = (activation_bytes(run_7b(tmp_path, sequence_parallel=size)) for size in (1, 8))
+    assert shared == alone / 8
+    report = show_model_run(run_7b(tmp_path, sequence_parallel=8), num_processes=32)
+    assert "256 of 2 rows in each of 4 groups of 8 processes, 512 tokens of a row in each process" in report
+    assert "1024 of 2 rows in each of 1 groups of 8 processes" in show_model_run(run_7b(tmp_path, sequence_parallel=8))
+
+
 def test_flops_are_about_six_per_parameter_and_token(tmp_path):
     config = run_7b(tmp_path, steps=286_000)
     assert total_flops(config) == pytest.approx(9.7e22, rel=0.15)

@@ -14,6 +14,7 @@ _AT_LEAST_ONE = (
     "steps",
     "batch_rows",
     "micro_batch_rows",
+    "sequence_parallel",
     "evaluation_rows",
     "keep_checkpoints",
     "log_interval",
@@ -70,6 +71,9 @@ class ModelRun:
     """Rows of one optimiser step, over all processes and micro batches."""
     micro_batch_rows: int
     """Rows of one forward pass of one process; the rest of a step is gradient accumulation."""
+    sequence_parallel: int = 1
+    """Processes that share the same rows, each a part of every row: for sequences too long for one (DeepSpeed Ulysses).
+    Divides the number of processes, `data.sequence_length` and both numbers of heads; 1 is off."""
     z_loss_weight: float = 0.0
     """Weight of the squared log partition function (Chameleon uses 1e-5); 0 is off."""
     ema_decay: float = 0.0
@@ -138,6 +142,16 @@ class ModelRun:
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay}; choose a value from 0 to below 1")
+        for name, value in (
+            ("model.num_heads", self.model.num_heads),
+            ("model.num_key_value_heads", self.model.key_value_heads),
+            ("data.sequence_length", self.data.sequence_length),
+        ):
+            if value % self.sequence_parallel:
+                raise ConfigError(
+                    f"sequence_parallel={self.sequence_parallel} does not divide {name}={value}; each process takes an "
+                    "equal share of it, so choose a divisor"
+                )
         if self.lora.rank and self.initialize_from is None:
             raise ConfigError(f"lora.rank={self.lora.rank} adapts a finished model; name it in initialize_from")
         if self.data.sequence_length > self.model.max_positions:
@@ -150,12 +164,19 @@ class ModelRun:
         """Return the micro batches of a step in each process.
 
         Raises:
-            ConfigError: the step's rows do not split evenly.
+            ConfigError: the processes, or the step's rows, do not split evenly.
         """
-        rows = self.micro_batch_rows * world_size
+        if world_size % self.sequence_parallel:
+            raise ConfigError(
+                f"sequence_parallel={self.sequence_parallel} does not divide the number of processes, {world_size}; "
+                f"start a multiple of {self.sequence_parallel} with torchrun, or choose a divisor"
+            )
+        groups = world_size // self.sequence_parallel
+        rows = self.micro_batch_rows * groups
         if self.batch_rows % rows:
+            sharing = "processes" if self.sequence_parallel == 1 else f"groups of {self.sequence_parallel} processes"
             raise ConfigError(
                 f"batch_rows={self.batch_rows} is no multiple of micro_batch_rows={self.micro_batch_rows} times "
-                f"{world_size} processes; choose a multiple of {rows}"
+                f"{groups} {sharing}; choose a multiple of {rows}"
             )
         return self.batch_rows // rows

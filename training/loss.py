@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3.model.loss import next_token_loss, shift_targets
+from cm3.model.sequence_parallel import ALONE, SequenceGroup
 from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
 from cm3.training.config import ModelRun
@@ -20,11 +21,17 @@ hidden state before the final norm: together the early warning of a divergence (
 
 
 class LossModule(nn.Module):
-    """The transformer and its loss in one forward, as the engine wants it."""
+    """The transformer and its loss in one forward, as the engine wants it.
 
-    def __init__(self, model: Transformer, vocabulary: Vocabulary, config: ModelRun) -> None:
+    Of rows that the processes of a group share, each takes whole ids and computes the loss of its part.
+    """
+
+    def __init__(
+        self, model: Transformer, vocabulary: Vocabulary, config: ModelRun, group: SequenceGroup = ALONE
+    ) -> None:
         super().__init__()
         self.model = model
+        self._group = group
         self._image_range = (vocabulary.image_range.start, vocabulary.image_range.stop)
         self._z_loss_weight = config.z_loss_weight
         self._norms_BT = torch.empty(0)
@@ -43,8 +50,9 @@ class LossModule(nn.Module):
             image_range=self._image_range,
             weights_BT=weights_BT,
             z_loss_weight=self._z_loss_weight,
+            group=self._group,
         )
-        is_token_BT = document_ids_BT >= 0
+        is_token_BT = self._group.part(document_ids_BT >= 0)
         sums = (
             out.text_loss_sum,
             out.text_count,
@@ -61,7 +69,12 @@ class LossModule(nn.Module):
         self._norms_BT = torch.linalg.vector_norm(arguments[0].detach(), dim=-1, dtype=torch.float32)
 
 
-def target_weight(batch: Mapping[str, Tensor]) -> float:
-    """Return the sum of the weights of a micro batch's targets."""
+def target_weight(batch: Mapping[str, Tensor], group: SequenceGroup = ALONE) -> float:
+    """Return the sum of the weights of a micro batch's targets, of those in this process's part."""
     _, is_target_BT = shift_targets(batch["ids_BT"], batch["document_ids_BT"])
-    return float((batch["weights_BT"].roll(-1, dims=1) * is_target_BT).sum())
+    return float(group.part(batch["weights_BT"].roll(-1, dims=1) * is_target_BT).sum())
+
+
+def num_tokens(batch: Mapping[str, Tensor], group: SequenceGroup = ALONE) -> int:
+    """Return the tokens of a micro batch that are no padding, those in this process's part."""
+    return int(group.part(batch["document_ids_BT"] >= 0).sum())

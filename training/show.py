@@ -52,14 +52,14 @@ def memory(config: ModelRun, num_processes: int) -> Memory:
 
 
 def activation_bytes(config: ModelRun) -> float:
-    """Estimate the activations of a micro batch; rough.
+    """Estimate the activations of a micro batch in one process; rough.
 
     Korthikanti et al. (arXiv 2205.05198, section 4.1): a layer keeps 34 s b h bytes in 16 bits, of which 2 x 8 are the
     feed-forward's inner activations at its width of 4 h. Dropout's masks are left out where there is none, the term
     5 a s / h is left out as fused attention keeps no scores, and a checkpointed layer keeps its input only.
     """
     model = config.model
-    tokens = config.micro_batch_rows * config.data.sequence_length
+    tokens = config.micro_batch_rows * config.data.sequence_length / config.sequence_parallel
     width = 2 if config.precision == "bf16" else 4
     if config.activation_checkpointing:
         per_layer = model.width
@@ -75,11 +75,16 @@ def total_flops(config: ModelRun) -> float:
     return tokens * flops_per_token(config.model, config.data.sequence_length / 2)
 
 
-def show_model_run(config: ModelRun, num_processes: int = 1) -> str:
-    """Return the report of a run: its settings, size, tokens, FLOPs and memory."""
+def show_model_run(config: ModelRun, num_processes: int | None = None) -> str:
+    """Return the report of a run: its settings, size, tokens, FLOPs and memory; by default on the fewest processes."""
+    num_processes = num_processes or config.sequence_parallel
     model: ModelConfig = config.model
     tokens = config.batch_rows * config.data.sequence_length
     accumulation = config.accumulation_steps(num_processes)
+    groups, part = num_processes // config.sequence_parallel, config.data.sequence_length // config.sequence_parallel
+    sharing = f"{num_processes} processes"
+    if config.sequence_parallel > 1:
+        sharing = f"{groups} groups of {config.sequence_parallel} processes, {part} tokens of a row in each process"
     parts = memory(config, num_processes)
     adapters = adapter_parameter_count(model, config.lora)
     trained = f"; {adapters:,} of adapters are trained" if adapters else ""
@@ -88,7 +93,7 @@ def show_model_run(config: ModelRun, num_processes: int = 1) -> str:
         + ("random ones" if config.initialize_from is None else config.initialize_from)
         + trained,
         "tokens per step": f"{tokens:,} = {config.batch_rows} rows of {config.data.sequence_length}",
-        "micro batches": f"{accumulation} of {config.micro_batch_rows} rows in each of {num_processes} processes",
+        "micro batches": f"{accumulation} of {config.micro_batch_rows} rows in each of {sharing}",
         "tokens of the run": f"{tokens * config.steps:.3g} at most, in {config.steps:,} steps",
         "FLOPs of the run": f"{total_flops(config):.3g}",
         "memory, a process": f"{parts.total / GIB:.2f} GiB at ZeRO stage {config.zero_stage}",

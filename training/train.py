@@ -22,12 +22,13 @@ from cm3.distributed import barrier, is_main, rank, world_size
 from cm3.errors import ConfigError
 from cm3.eval.machine import MatrixPeak
 from cm3.model.config import flops_per_token
+from cm3.model.sequence_parallel import join_sequence_group
 from cm3.training.average import WeightAverage
 from cm3.training.config import ModelRun
 from cm3.training.engine import Engine, deepspeed_config, from_main, start_distributed
 from cm3.training.export import export_adapter, export_model
 from cm3.training.initial import initial_weights, make_transformer
-from cm3.training.loss import LossModule, target_weight
+from cm3.training.loss import LossModule, num_tokens, target_weight
 from cm3.training.metrics import MetricsWriter, Window
 from cm3.training.nonfinite import SkippedSteps, check_divergence
 from cm3.training.optimizer import learning_rate_at, make_optimizer
@@ -74,7 +75,8 @@ def run(config: ModelRun) -> Path | None:
 
     torch.manual_seed(config.seed)
     transformer, base_hash = make_transformer(config, train_data.tokenizer_hash)
-    module = LossModule(transformer, train_data.vocabulary, config)
+    group = join_sequence_group(config.sequence_parallel)
+    module = LossModule(transformer, train_data.vocabulary, config, group)
     module.model.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         for block in module.model.blocks:
@@ -134,11 +136,11 @@ def run(config: ModelRun) -> Path | None:
             for _ in range(accumulation):
                 micro_batches.append(next(batches))
                 rows += loader.batch_documents
-            shares = [target_weight(batch) for batch in micro_batches]
+            shares = [target_weight(batch, group) for batch in micro_batches]
             total_weight, tokens, stops = engine.sum_over_processes(
                 [
                     sum(shares),
-                    sum(int((batch["document_ids_BT"] >= 0).sum()) for batch in micro_batches),
+                    sum(num_tokens(batch, group) for batch in micro_batches),
                     stop_requested(),
                 ]
             )
@@ -170,7 +172,7 @@ def run(config: ModelRun) -> Path | None:
             stopped = stops > 0
             if not applied:
                 report(f"step {step}/{config.steps} | SKIPPED: loss or gradient is not finite")
-                all_losses = gather_losses(engine, losses)
+                all_losses = gather_losses(engine, config, losses, shares)
                 if skipped_steps:
                     skipped_steps.write(step, all_losses, rows)
                 check_divergence(state, config.max_nonfinite_steps, output)
@@ -250,7 +252,8 @@ def open_data(config: ModelRun) -> tuple[ShardedDocuments | Mixture, ShardedDocu
 
 
 def make_loader(config: ModelRun, data: ShardedDocuments | Mixture, *, evaluation: bool) -> PackedLoader:
-    """Return the micro batches of this process: endless for training, one fixed pass for evaluation."""
+    """Return the micro batches of this process, the same for all that share rows: endless for training, one fixed pass
+    for evaluation."""
     return PackedLoader(
         data,
         data.vocabulary,
@@ -259,8 +262,8 @@ def make_loader(config: ModelRun, data: ShardedDocuments | Mixture, *, evaluatio
         rows=config.micro_batch_rows,
         seed=0 if evaluation else config.seed,
         packing=config.data.packing,
-        rank=rank(),
-        world_size=world_size(),
+        rank=rank() // config.sequence_parallel,
+        world_size=world_size() // config.sequence_parallel,
         evaluation=evaluation,
     )
 
@@ -277,7 +280,8 @@ def mean_context(config: ModelRun, data: ShardedDocuments | Mixture) -> float:
 @torch.no_grad()
 def evaluate(engine: Engine, config: ModelRun, data: ShardedDocuments) -> dict[str, float]:
     """Return the mean losses on the first `evaluation_rows` rows of held-out data: the same rows every time."""
-    num_batches = math.ceil(config.evaluation_rows / (config.micro_batch_rows * world_size()))
+    rows_at_once = config.micro_batch_rows * world_size() // config.sequence_parallel
+    num_batches = math.ceil(config.evaluation_rows / rows_at_once)
     window = Window(engine)
     engine.module.eval()
     for batch in itertools.islice(make_loader(config, data, evaluation=True), num_batches):
@@ -287,11 +291,20 @@ def evaluate(engine: Engine, config: ModelRun, data: ShardedDocuments) -> dict[s
     return window.losses()
 
 
-def gather_losses(engine: Engine, losses: list[torch.Tensor]) -> list[float]:
-    """Return the losses of a step's micro batches in the order of its rows, those of all processes. A collective."""
-    own = torch.zeros(len(losses), world_size(), dtype=torch.float64)
-    own[:, rank()] = torch.stack(losses).double().cpu()
-    return engine.sum_over_processes(own.flatten().tolist())
+def gather_losses(engine: Engine, config: ModelRun, losses: list[torch.Tensor], weights: list[float]) -> list[float]:
+    """Return the losses of a step's micro batches in the order of its rows, those of all processes. A collective.
+
+    Args:
+        engine: Sums over processes.
+        config: Of the run.
+        losses: The mean loss of each of this process's micro batches, or of its parts of them.
+        weights: What each is a mean over: the sum of the weights of its targets.
+    """
+    sums = torch.zeros(2, len(losses), world_size() // config.sequence_parallel, dtype=torch.float64)
+    share = torch.tensor(weights, dtype=torch.float64)
+    sums[:, :, rank() // config.sequence_parallel] = torch.stack([torch.stack(losses).double().cpu() * share, share])
+    loss, weight = torch.tensor(engine.sum_over_processes(sums.flatten().tolist()), dtype=torch.float64).chunk(2)
+    return (loss / weight.where(weight != 0, 1.0)).tolist()
 
 
 def report(message: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cm3.errors import ConfigError, MissingDependencyError
 from cm3.model.masks import AttentionMask, CacheMask, CausalMask, DocumentGroups, PackedMask
+from cm3.model.sequence_parallel import SharedRows
 
 Backend = Literal["auto", "math", "sdpa", "flash"]
 
@@ -38,7 +39,7 @@ def attend(
     """Scaled dot-product attention (arXiv:1706.03762, equation 1), grouped-query if G < N.
 
     Every backend computes the same function and takes its softmax statistics in float32. Queries at padding
-    give zeros. Without a cache S = T.
+    give zeros. Without a cache S = T. Of rows that several processes share, all give their parts and get them back.
 
     Args:
         backend: "math" is the readable reference; "sdpa" runs everywhere; "flash" (flash-attn, CUDA, 16 bit)
@@ -54,6 +55,16 @@ def attend(
     if backend == "auto":
         fits_flash = q_BTNK.is_cuda and q_BTNK.dtype in (torch.float16, torch.bfloat16)
         backend = "flash" if fits_flash and has_flash_attention() else "sdpa"
+    run = _attend_shared if isinstance(mask, SharedRows) else _attend
+    return run(q_BTNK, k_BSGK, v_BSGK, mask, backend)
+
+
+@torch.compiler.disable  # traced, the exchange would be inlined and its gradient might be lost
+def _attend_shared(q_BLNK: Tensor, k_BLGK: Tensor, v_BLGK: Tensor, mask: SharedRows, backend: Backend) -> Tensor:
+    return mask.gather_heads(_attend(*mask.gather_tokens(q_BLNK, k_BLGK, v_BLGK), mask, backend))
+
+
+def _attend(q_BTNK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: AttentionMask, backend: Backend) -> Tensor:
     if backend == "math":
         return _math(q_BTNK, k_BSGK, v_BSGK, mask)
     if isinstance(mask, CacheMask):

@@ -4,7 +4,7 @@ L layers   B rows   S slots (capacity + 1)   T new tokens   G key/value heads   
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,47 @@ class LayerCache:
         return self.keys_BSGK, self.values_BSGK
 
 
+RUN_COST = 64
+"""What one more run of rows costs, in slots that are read for nothing: a forward pass over few tokens, or a call of the
+attention kernel, takes about as long as that many slots of one row (measured on a CPU)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring rows that are served together, as long as the longest of them."""
+
+    start: int
+    stop: int
+    longest: int
+    """Most tokens that a row of them holds, as far as the host knows."""
+
+    @property
+    def rows(self) -> slice:
+        """The rows."""
+        return slice(self.start, self.stop)
+
+
+def similar_runs(lengths: Sequence[int]) -> tuple[Run, ...]:
+    """Rows in runs of similar length: as few slots as possible, each run counted as `RUN_COST` more."""
+    costs: list[float] = [0]
+    starts = []
+    for stop in range(1, len(lengths) + 1):
+        cost, start, longest = float("inf"), stop, 0
+        for first in range(stop - 1, -1, -1):
+            longest = max(longest, lengths[first])
+            if costs[first] + RUN_COST + (stop - first) * longest < cost:
+                cost, start = costs[first] + RUN_COST + (stop - first) * longest, first
+        costs.append(cost)
+        starts.append(start)
+    runs: list[Run] = []
+    stop = len(lengths)
+    while stop:
+        start = starts[stop - 1]
+        runs.insert(0, Run(start, stop, max(lengths[start:stop])))
+        stop = start
+    return tuple(runs)
+
+
 @dataclass
 class KeyValueCache:
     """Keys and values of every layer, and how many tokens each row holds.
@@ -43,6 +84,8 @@ class KeyValueCache:
     keys_LBSGK: Float[Tensor, "L B S G K"]
     values_LBSGK: Float[Tensor, "L B S G K"]
     lengths_B: Int[Tensor, " B"]
+    runs: tuple[Run, ...] | None = None
+    """See `bounded`; None: attention reads all slots of all rows, in the same shapes at every step."""
 
     @classmethod
     def create(
@@ -102,12 +145,39 @@ class KeyValueCache:
             real_BT = column_1T < num_new_B[:, None]
             positions_BT = torch.where(real_BT, positions_BT, 0)
             slots_BT = torch.where(real_BT, positions_BT, self.capacity)
-        slot_S = torch.arange(self.capacity + 1, device=device)
-        return CacheMask(positions_BT, slots_BT, slot_S <= positions_BT[..., None], real_BT)
+        runs = self._runs_after(num_columns)
+        num_slots = self.capacity + 1 if runs is None else max(run.longest for run in runs)
+        slot_S = torch.arange(num_slots, device=device)
+        mask = CacheMask(positions_BT, slots_BT, slot_S <= positions_BT[..., None], real_BT)
+        if runs is None:
+            return mask
+        return replace(mask, parts=tuple((run.rows, mask.part(run.rows, run.longest)) for run in runs))
 
-    def advance(self, num_new: int | Int[Tensor, " B"]) -> None:
-        """Count the tokens just written, in place."""
-        self.lengths_B += num_new
+    def advance(self, num_columns: int, num_new_B: Int[Tensor, " B"] | None = None) -> None:
+        """Count the tokens just written, in place; arguments as for `plan_step`."""
+        self.lengths_B += num_columns if num_new_B is None else num_new_B
+        self.runs = self._runs_after(num_columns)
+
+    def bounded(self, lengths: Sequence[int]) -> "KeyValueCache":
+        """The same cache, sharing memory, that reads no more slots of a row than may be filled.
+
+        The host counts along, one for every column, and never asks the device. Shapes then change at every step: not
+        for a step that is compiled or captured.
+
+        Args:
+            lengths: Most tokens that each row holds now.
+        """
+        return replace(self, runs=similar_runs(lengths))
+
+    def rows(self, rows: slice) -> "KeyValueCache":
+        """Some neighbouring rows, sharing memory; without bounds."""
+        return KeyValueCache(self.keys_LBSGK[:, rows], self.values_LBSGK[:, rows], self.lengths_B[rows])
+
+    def _runs_after(self, num_columns: int) -> tuple[Run, ...] | None:
+        """The runs once every row has as many tokens more; a row that is full has stopped."""
+        if self.runs is None:
+            return None
+        return tuple(replace(run, longest=min(run.longest + num_columns, self.capacity)) for run in self.runs)
 
     def select(self, rows_B: Int[Tensor, " rows"]) -> "KeyValueCache":
         """A new cache with copies of the given rows, in any order and number: drop, share or pair rows."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cm3.model.sequence_parallel import ALONE, SequenceGroup, SharedRows
 from cm3.model.transformer import Transformer
 
 
@@ -38,8 +39,12 @@ def next_token_loss(
     weights_BT: Float[Tensor, "B T"] | None = None,
     z_loss_weight: float = 0.0,
     chunk_size: int = 2048,
+    group: SequenceGroup = ALONE,
 ) -> LossOutput:
     """Run the model and score every token against the next one of its document.
+
+    Processes that share rows are all given whole ones. Each gets mean and sums over its part, where the target of the
+    last token is the first token of the next part.
 
     Args:
         document_ids_BT: see `Transformer.forward`; tokens of id -1 are neither read nor predicted.
@@ -47,12 +52,17 @@ def next_token_loss(
         weights_BT: weight of each token of `ids_BT` as a target, default 1; those of weight 0 are not logged.
         z_loss_weight: factor of (log Z)^2, Z the softmax's partition function (Chameleon section 2.3: 1e-5).
         chunk_size: tokens whose logits exist at once.
+        group: processes that share the rows.
     """
-    hidden_BTD = model(ids_BT, document_ids_BT=document_ids_BT)
+    if group.size == 1:
+        hidden_BTD = model(ids_BT, document_ids_BT=document_ids_BT)
+    else:
+        whole_BT = torch.zeros_like(ids_BT) if document_ids_BT is None else document_ids_BT
+        hidden_BTD = model(group.part(ids_BT), rows=SharedRows(whole_BT, group))
     targets_BT, is_target_BT = shift_targets(ids_BT, document_ids_BT)
     weights = torch.ones_like(ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT.float()
     weights_BT = weights.roll(-1, dims=1) * is_target_BT
-    targets, weights = targets_BT.flatten(), weights_BT.flatten()
+    targets, weights = group.part(targets_BT).flatten(), group.part(weights_BT).flatten()
 
     head_VD = model.head_weight_VD if torch.is_grad_enabled() else model.head_weight_VD.detach()
     total, losses, log_z = _ChunkedCrossEntropy.apply(

@@ -37,6 +37,15 @@ class CacheMask:
     """True where query T may look at slot S; padding looks at slot 0, which is always finite."""
     real_BT: Bool[Tensor, "B T"] | None
     """False at padding columns; None where there are none."""
+    parts: tuple[tuple[slice, "CacheMask"], ...] = ()
+    """Where attention reads no further than rows are filled: rows that are served together, and their mask, whose S
+    is that of their first slots. Empty: all rows together."""
+
+    def part(self, rows: slice, num_slots: int) -> "CacheMask":
+        """The mask of some rows and their first slots."""
+        real_BT = None if self.real_BT is None else self.real_BT[rows]
+        visible_BTS = self.visible_BTS[rows, :, :num_slots]
+        return CacheMask(self.positions_BT[rows], self.slots_BT[rows], visible_BTS, real_BT)
 
 
 def document_starts(document_ids_BT: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

@@ -13,8 +13,9 @@ from cm3.errors import ConfigError
 from cm3.model.attention import Backend
 from cm3.model.cache import KeyValueCache, LayerCache
 from cm3.model.config import ModelConfig
-from cm3.model.layers import Attention, FeedForward, Norm, rotary_table
+from cm3.model.layers import Attention, FeedForward, Norm, rotary_table, weight_product
 from cm3.model.masks import AttentionMask, CausalMask, PackedMask, document_positions
+from cm3.model.sequence_parallel import SharedRows
 
 
 class Block(nn.Module):
@@ -96,6 +97,7 @@ class Transformer(nn.Module):
         *,
         positions_BT: Int[Tensor, "B T"] | None = None,
         document_ids_BT: Int[Tensor, "B T"] | None = None,
+        rows: SharedRows | None = None,
         cache: KeyValueCache | None = None,
         num_new_B: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
@@ -104,22 +106,28 @@ class Transformer(nn.Module):
         Args:
             positions_BT: default: position inside the document, or in the cache's row.
             document_ids_BT: packed rows; a run of equal ids is a document, seeing only itself; -1 is padding.
+            rows: packed rows that several processes share, instead of `document_ids_BT`; the ids, and so the hidden
+                states, are this process's part of them.
             cache: the ids continue its rows; it is extended by them.
             num_new_B: with a cache, the real tokens of each right-padded row; hidden states of padding mean
                 nothing.
 
         Raises:
-            ConfigError: for documents together with a cache, or rows longer than the model's context.
+            ConfigError: for packed rows together with a cache, or rows longer than the model's context.
             RequestError: for more ids than the cache can hold.
         """
-        if positions_BT is None and cache is None and document_ids_BT is None:
+        if positions_BT is None and cache is None and document_ids_BT is None and rows is None:
             self._check_length(ids_BT.shape[1])
         mask: AttentionMask
         if cache is not None:
-            if document_ids_BT is not None:
+            if document_ids_BT is not None or rows is not None:
                 raise ConfigError("document_ids_BT and cache exclude each other; a cached row is one document")
             mask = cache.plan_step(ids_BT.shape[1], num_new_B)
             default_positions_BT = mask.positions_BT
+        elif rows is not None:
+            mask = rows
+            self._check_length(rows.longest)
+            default_positions_BT = rows.positions_BL
         elif document_ids_BT is not None:
             mask = PackedMask(document_ids_BT)
             self._check_length(mask.longest)
@@ -144,7 +152,7 @@ class Transformer(nn.Module):
             else:
                 x_BTD = block(*arguments)
         if cache is not None:
-            cache.advance(ids_BT.shape[1] if num_new_B is None else num_new_B)
+            cache.advance(ids_BT.shape[1], num_new_B)
         return self.final_norm(x_BTD)
 
     def _check_length(self, longest: int) -> None:
@@ -164,7 +172,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "*B V"]:
         """Scores of the next id over the vocabulary, or over ids [start, stop) only (rows are not copied)."""
         weight_VD = self.head_weight_VD if id_range is None else self.head_weight_VD[slice(*id_range)]
-        return F.linear(hidden_BTD, weight_VD)
+        return weight_product(hidden_BTD, weight_VD)
 
 
 def _truncated_normal(weight: Tensor, std: float) -> None:
