@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 
 _SIZES = ("demo", "350m", "760m", "7b")
+_GENERATE_SIZES = ("small", "100m", "350m", "760m", "7b")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument("--width", type=int, default=1024, metavar="N", help="of the model (default: 1024)")
     loss.add_argument("--chunks", nargs="+", type=int, default=(2048, 512), metavar="N", help="(default: 2048 512)")
     loss.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
-    for part in (index, train, loader, loss):
+
+    generate = parts.add_parser(
+        "generate", help="tokens a second of generation, beside that of transformers where it is installed"
+    )
+    generate.add_argument("--size", choices=_GENERATE_SIZES, default="100m", help="of the model (default: 100m)")
+    generate.add_argument("--batches", nargs="+", type=int, default=(1, 8), metavar="N", help="(default: 1 8)")
+    generate.add_argument(
+        "--prompt-length", type=int, default=128, metavar="N", help="ids of the longest prompt (default: 128)"
+    )
+    generate.add_argument("--new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    generate.add_argument(
+        "--guidance", nargs="+", type=float, default=(1.0, 3.0), metavar="SCALE", help="1 is off (default: 1 3)"
+    )
+    precisions = ("fp32", "bf16")
+    generate.add_argument("--precisions", nargs="+", choices=precisions, default=precisions, help="(default: both)")
+    generate.add_argument("--repeats", type=int, default=3, metavar="N", help="of the median (default: 3)")
+    generate.add_argument("--compile", action="store_true", help="compile the steps of both sides")
+    for part in (index, train, loader, loss, generate):
         part.add_argument("--seed", type=int, default=0, help="(default: 0)")
 
 
@@ -54,10 +72,11 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print a table."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("verb", "part", "local_rank")}
-    for name in ("kinds", "models", "chunks"):
-        if name in settings:
-            settings[name] = tuple(settings[name])
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name not in ("verb", "part", "local_rank")
+    }
     for line in _PARTS[args.part](settings):
         print(line, flush=True)
 
@@ -89,9 +108,17 @@ def _loss(settings: dict) -> Iterator[str]:
     return table(config, measure(config))
 
 
+def _generate(settings: dict) -> Iterator[str]:
+    from cm3.eval.generate_bench import GenerateBench, measure, table
+
+    config = GenerateBench(**settings)
+    return table(config, measure(config))
+
+
 _PARTS: dict[str, Callable[[dict], Iterator[str]]] = {
     "index": _index,
     "train": _train,
     "loader": _loader,
     "loss": _loss,
+    "generate": _generate,
 }

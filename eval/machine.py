@@ -1,4 +1,4 @@
-"""What this machine reaches and what a process takes: the rate of matrix products, and memory."""
+"""What this machine reaches and what a process takes: rates of matrix products and of reading, and memory."""
 
 from __future__ import annotations
 
@@ -40,6 +40,34 @@ class MatrixPeak:
                 self.flops_per_second = max(self.flops_per_second, rate)
 
 
+class ReadRate:
+    """The best rate of reading memory seen so far: what bounds a step that reads all weights for a few products.
+
+    Measured like `MatrixPeak`, and again beside what is compared with it.
+
+    Args:
+        device: Whose memory is read, with the threads that torch uses.
+        num_bytes: Of the numbers that are read; more than caches hold.
+    """
+
+    def __init__(self, device: torch.device, num_bytes: int = 1 << 28) -> None:
+        self._device = device
+        self._rows = torch.ones(num_bytes // (4 * 4096), 4096, device=device)
+        self._factor = torch.ones(4096, device=device)
+        self.bytes_per_second = 0.0
+
+    def measure(self, passes: int = 3) -> None:
+        """Read all of it a few times, as a sum and as a product of matrix and vector."""
+        for read in (self._rows.sum, lambda: self._rows @ self._factor):
+            for _ in range(passes):
+                synchronize(self._device)
+                start = time.perf_counter()
+                read()
+                synchronize(self._device)
+                rate = 4 * self._rows.numel() / (time.perf_counter() - start)
+                self.bytes_per_second = max(self.bytes_per_second, rate)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
@@ -54,6 +82,17 @@ def memory_in_use(device: torch.device) -> float:
 def peak_memory(device: torch.device) -> float:
     """The most that `memory_in_use` has been since this process began."""
     return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew at what is in use; nothing happens on a CPU whose system does not offer it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
 
 
 def describe(device: torch.device) -> str:

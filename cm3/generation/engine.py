@@ -20,13 +20,16 @@ from cm3.generation.grammar import END, GrammarTables
 from cm3.generation.request import Request, Row, check_request
 from cm3.generation.sampler import Sampler
 from cm3.generation.settings import SamplingSettings
-from cm3.model.cache import KeyValueCache
+from cm3.model.cache import KeyValueCache, similar_runs
 from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
 
 CHECK_INTERVAL = 8
 """Steps between two looks at the device while rows may end at any time; images have a known length."""
 
+_CAPACITY_STEP = 256
+"""Where the step is compiled, caches and outputs have room for a multiple of this, so that requests of many lengths
+share one graph."""
 
 _Stream = tuple[int, tuple[int, ...]]
 """A row of the forward pass: the row whose new ids it is fed, and the prompt before these."""
@@ -62,8 +65,9 @@ class Engine:
         model: it stays where it is; the cache takes its device and number type.
         vocabulary: the id space of the model.
         max_batch_rows: most rows of one forward pass, those of compared prompts included; more work is split.
-        compile: compile the step with `torch.compile`. The first steps of every new batch shape then take
-            long: it pays where many batches of one shape follow.
+        compile: compile the step with `torch.compile`, once for every number of rows and every `_CAPACITY_STEP` of
+            their length: the first steps of each take long. Attention then reads the whole cache, filled or not.
+            torch gives up compiling after `torch._dynamo.config.recompile_limit` (8) of these.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Engine:
         self.model = model
         self.vocabulary = vocabulary
         self.max_batch_rows = max_batch_rows
+        self._is_compiled = compile
         self._step: Callable[[_Batch, _Streams, bool], None] = self._decode_step
         if compile:
             self._step = torch.compile(self._decode_step, dynamic=False)
@@ -104,8 +109,12 @@ class Engine:
         for index, (request, chosen) in enumerate(zip(requests, settings, strict=True)):
             check_request(index, request, chosen, self.model.config.max_positions)
             rows += [Row(request, chosen.of_sample(number), seed) for number, seed in enumerate(request.seeds)]
+        # neighbours of similar length share passes and calls, see `similar_runs`
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].request.prompt_ids))
         with _evaluating(self.model), torch.inference_mode():
-            outputs = iter([ids for part in self._parts(rows) for ids in self._run_rows(part)])
+            made = [ids for part in self._parts([rows[index] for index in order]) for ids in self._run_rows(part)]
+        by_row = dict(zip(order, made, strict=True))
+        outputs = (by_row[index] for index in range(len(rows)))
         return [[next(outputs) for _ in request.seeds] for request in requests]
 
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
@@ -181,7 +190,7 @@ class Engine:
             taken_B=torch.zeros(len(rows), dtype=torch.long, device=device),
             left_B=torch.tensor(budgets, device=device),
             step_1=torch.zeros(1, dtype=torch.long, device=device),
-            output_BT=torch.full((len(rows), max(budgets)), self.vocabulary.pad_id, device=device),
+            output_BT=torch.full((len(rows), self._rounded(max(budgets))), self.vocabulary.pad_id, device=device),
         )
 
     def _regroup(
@@ -202,11 +211,7 @@ class Engine:
         kept = [stream for stream in dict.fromkeys(wanted) if stream in places]
         new = [stream for stream in dict.fromkeys(wanted) if stream not in places]
         made_ids = batch.output_BT[:, :step].tolist()
-        capacity = max(
-            len(prompt) + row.request.max_new_tokens
-            for row in rows
-            for prompt in (row.request.prompt_ids, *row.compared)
-        )
+        capacity = self._capacity(rows)
         caches = []
         if before:
             caches.append(before.cache.select(torch.tensor([places[stream] for stream in kept], device=device)))
@@ -217,9 +222,12 @@ class Engine:
         compared: list[list[int]] = [[] for _ in rows]
         for index in running:
             compared[index] = [number[index, prompt] for prompt in rows[index].compared_at(step)]
+        cache = _joined(caches)
+        if not self._is_compiled:
+            cache = cache.bounded([len(prompt) + step - 1 for _, prompt in streams])
         return _Streams(
             rows=streams,
-            cache=_joined(caches),
+            cache=cache,
             last_R=torch.tensor([(*prompt, *made_ids[owner])[-1] for owner, prompt in streams], device=device),
             owner_R=torch.tensor([owner for owner, _ in streams], device=device),
             sampler=Sampler(
@@ -232,15 +240,34 @@ class Engine:
             ),
         )
 
+    def _capacity(self, rows: Sequence[Row]) -> int:
+        """Tokens that every row of the cache must have room for."""
+        longest = max(
+            len(prompt) + row.request.max_new_tokens
+            for row in rows
+            for prompt in (row.request.prompt_ids, *row.compared)
+        )
+        return min(self._rounded(longest), self.model.config.max_positions)
+
+    def _rounded(self, length: int) -> int:
+        """A length that few graphs of a compiled step are made for."""
+        return -(-length // _CAPACITY_STEP) * _CAPACITY_STEP if self._is_compiled else length
+
     def _prefill(self, prompts: Sequence[tuple[int, ...]], capacity: int) -> KeyValueCache:
-        """A cache that holds the prompts; each distinct one goes through the model once."""
-        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        """A cache that holds the prompts; each distinct one goes through the model once, beside similarly long ones."""
+        numbers = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        distinct = list(numbers)
         weight = self.model.embedding.weight
         cache = KeyValueCache.create(self.model.config, len(distinct), capacity, weight.dtype, weight.device)
-        if any(distinct):
-            lengths_U = torch.tensor([len(prompt) for prompt in distinct], device=weight.device)
-            self.model(self._padded(list(distinct)), cache=cache, num_new_B=lengths_U)
-        return cache.select(torch.tensor([distinct[prompt] for prompt in prompts], device=weight.device))
+        for run in similar_runs([len(prompt) for prompt in distinct]):
+            part = distinct[run.rows]
+            if run.longest:
+                lengths_U = torch.tensor([len(prompt) for prompt in part], device=weight.device)
+                rows = cache.rows(run.rows).bounded([0] * len(part))
+                self.model(self._padded(part), cache=rows, num_new_B=lengths_U)
+        if len(distinct) == len(prompts):
+            return cache
+        return cache.select(torch.tensor([numbers[prompt] for prompt in prompts], device=weight.device))
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> Int[Tensor, "B T"]:
         """Sequences of ids, padded on the right to the longest."""
@@ -260,7 +287,7 @@ class Engine:
         )
         image = self.vocabulary.image_range
         id_range = (image.start, image.stop) if image_only else None
-        logits_RV = self.model.logits(hidden_R1D[:, 0], id_range).float()
+        logits_RV = self.model.logits(hidden_R1D[:, 0], id_range).float().contiguous()
         if image_only:
             drawn_B = streams.sampler.draw(logits_RV, batch.step_1, None, first_id=image.start)
         else:
