@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make lint   style and types
 # make retrieval-study   with and without retrieved documents, three seeds each
+# make emoji-retrieval-study DATA=PATH   the same of emoji drawings, after configs/emoji
 # make clean  remove what these made, the environment included
 #
 # Each sets up the virtual environment .venv by itself, once, from the versions in constraints.txt, and is safe
@@ -18,10 +19,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint typecheck wheel retrieval-study clean
+.PHONY: help demo test lint typecheck wheel retrieval-study emoji-retrieval-study clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 demo: $(RUN)
 	@echo "==> Drawing and captioning; the contact sheet goes to demo-output/"
@@ -76,6 +77,27 @@ retrieval-study: $(RUN)
 	$(BIN)/cm3 train configs/retrieval/model.yaml --data.train $(STUDY)/$$kind/train --seed $$seed --output $$run; \
 	$(BIN)/cm3 eval configs/retrieval/eval.yaml --model $$run/model --output $$run/eval; done; done
 	$(BIN)/cm3 compare --group plain $(STUDY)/plain_*/eval --group retrieved $(STUDY)/retrieved_*/eval
+
+# needs the tokenizers, the shards of train and the encoder that the runs of configs/emoji leave in runs/emoji
+DATA ?= data/emoji
+EMOJI := runs/emoji_retrieval
+emoji-retrieval-study: $(RUN)
+	set -e; for seed in 0 1 2; do \
+	$(BIN)/cm3 train configs/emoji_retrieval/model.yaml --seed $$seed --output $(EMOJI)/plain_$$seed; done
+	test -e $(EMOJI)/memory/memory.json || $(BIN)/cm3 index build $(DATA) --text-columns caption \
+	--encoder runs/emoji/retriever/encoder --model $(EMOJI)/plain_0/model --out $(EMOJI)/memory
+	test -e $(EMOJI)/concept_memory || { rm -rf $(EMOJI)/unfinished && cp -r $(EMOJI)/memory $(EMOJI)/unfinished && \
+	$(BIN)/cm3 index append $(EMOJI)/unfinished $(DATA) --split test --text-columns caption \
+	--where split_kind=concept --where style=twemoji,openmoji --model $(EMOJI)/plain_0/model && \
+	mv $(EMOJI)/unfinished $(EMOJI)/concept_memory; }
+	$(BIN)/cm3 prepare configs/emoji_retrieval/prepare_retrieved.yaml --data.path $(DATA)
+	set -e; for seed in 0 1 2; do \
+	$(BIN)/cm3 train configs/emoji_retrieval/model.yaml --seed $$seed --output $(EMOJI)/retrieved_$$seed \
+	--data.train $(EMOJI)/retrieved/train; done
+	set -e; for kind in plain retrieved; do for seed in 0 1 2; do run=$(EMOJI)/$${kind}_$$seed; \
+	$(BIN)/cm3 eval configs/emoji_retrieval/eval.yaml --model $$run/model --output $$run/eval \
+	--retrieved_likelihood.pairs.source.path $(DATA) --retrieved_picture_matching.pairs.source.path $(DATA); done; done
+	$(BIN)/cm3 compare --group plain $(EMOJI)/plain_*/eval --group retrieved $(EMOJI)/retrieved_*/eval
 
 clean:
 	rm -rf $(VENV) build dist .typecheck demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

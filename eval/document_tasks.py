@@ -16,6 +16,7 @@ from cm3.errors import DataError
 from cm3.eval.caption_metrics import bleu_counts, bleu_of_counts, cider
 from cm3.eval.caption_words import caption_words
 from cm3.eval.image_metrics import psnr, ssim
+from cm3.eval.matching import thumbnail
 from cm3.eval.protocol import BOOTSTRAP, NORMAL, WILSON, protocol
 from cm3.eval.report import Estimate, TaskResult, mean, of_sums, proportion
 from cm3.eval.sheets import pairs_sheet
@@ -205,7 +206,7 @@ class PictureMatching:
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
         documents = self.pairs.open()
-        originals_NF = np.stack([self._thumbnail(picture_of(document)) for document in documents])
+        originals_NF = np.stack([thumbnail(picture_of(document), self.thumbnail_side) for document in documents])
         metrics: dict[str, Estimate] = {}
         pictures: dict[str, list[PILImage.Image]] = {}
         for scale in self.guidance_scales:
@@ -217,7 +218,7 @@ class PictureMatching:
             pictures[f"guidance {scale:g}"] = drawn
             ranks = []
             for index, picture in enumerate(drawn):
-                distances_N = ((originals_NF - self._thumbnail(picture)) ** 2).mean(1)
+                distances_N = ((originals_NF - thumbnail(picture, self.thumbnail_side)) ** 2).mean(1)
                 ranks.append(int((distances_N < distances_N[index]).sum()))
             for group, members in self.pairs.groups(documents):
                 for k in (1, 10):
@@ -241,8 +242,3 @@ class PictureMatching:
         )
         sheet = pairs_sheet(model, captions, [picture_of(document) for document in documents], pictures)
         return TaskResult("picture matching", metrics, record, time.monotonic() - start, sheet)
-
-    def _thumbnail(self, image: PILImage.Image) -> np.ndarray:
-        side = self.thumbnail_side
-        small = to_square(image, max(image.size)).resize((side, side), PILImage.Resampling.BOX)
-        return np.asarray(small, dtype=np.float32).ravel()

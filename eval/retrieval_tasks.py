@@ -1,11 +1,11 @@
-"""What retrieved documents and contrast are worth: the studies of CM3Leon sections 5.1 and 7.1 at any scale."""
+"""What retrieved documents are worth: the study of CM3Leon section 7.1 at any scale."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 
 from cm3.data.scene_captions import StatedObject
 from cm3.data.scene_world import SceneObject
-from cm3.drawing import fit
 from cm3.errors import ConfigError
 from cm3.eval.document_tasks import PairSet, caption_of, square_of
 from cm3.eval.protocol import BOOTSTRAP, WILSON, protocol
@@ -24,7 +23,6 @@ from cm3.eval.scenes import matches, read_scene
 from cm3.generation.context import ContextDocument, ContextFinder
 from cm3.model.loss import next_token_loss
 from cm3.pipeline import CM3
-from cm3.retrieval.encoder import DEMO, open_encoder
 from cm3.tokenizers.document import Document, Text, TokenizedDocument
 
 _GRADER = "cm3.eval.scenes.matches on what read_scene sees"
@@ -55,7 +53,9 @@ class RetrievedLikelihood:
             device=str(model.device),
             max_similarity=self.max_similarity,
         )
-        found = finder.find([Document((Text(caption_of(document)),)) for document in documents], max(self.documents))
+        # with its metadata, by which a row that is in the memory is not found for itself
+        requests = [Document((Text(caption_of(document)),), document.metadata) for document in documents]
+        found = finder.find(requests, max(self.documents))
         metrics: dict[str, Estimate] = {}
         for count in self.documents:
             scores = [
@@ -79,7 +79,7 @@ class RetrievedLikelihood:
             memory=self.memory,
             metrics={"bits": "-log2 p, left to right, of the pair itself; </s> and <break> count with the text"},
             interval=BOOTSTRAP,
-            details={"max_similarity": self.max_similarity, "mean score": _mean_score(self.memory, found)},
+            details={"max_similarity": self.max_similarity, "mean score": mean_score(self.memory, found)},
         )
         return TaskResult("likelihood with retrieval", metrics, record, time.monotonic() - start)
 
@@ -161,80 +161,8 @@ def _kinds(objects: Iterable[SceneObject | StatedObject]) -> Counter[tuple[str, 
     return Counter((item.shape, item.color) for item in objects)
 
 
-ARMS: dict[str, dict[str, Any]] = {
-    "top-p": {"sampler": "top-p"},
-    "top-p, guidance": {"sampler": "top-p", "guidance": True},
-    "cd-k": {"sampler": "cd-k"},
-    "mixed": {"sampler": "mixed", "guidance": True},
-}
-"""The ways of decoding that `DecodingStudy` compares; mixed is guided top-p and cd-k in turn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodingStudy:
-    """Top-p, guidance, CD-K and their mixture, keeping the best of 1, 2, 4, 8 samples by an encoder (section 5.1)."""
-
-    scenes: SceneSet = SceneSet()
-    """The captions to draw."""
-    samples: tuple[int, ...] = (1, 2, 4, 8)
-    """Candidates for each caption; the first n of the largest number are the n."""
-    temperature: float = 1.0
-    """Sampling temperature of all."""
-    top_p: float = 0.9
-    """Nucleus size of top-p."""
-    guidance_scale: float = 2.0
-    """Where there is guidance."""
-    ranker: str = DEMO
-    """The encoder that chooses, see `cm3.retrieval.encoder.open_encoder`."""
-    batch_size: int = 20
-    """Captions drawn at a time; the pictures do not depend on it."""
-
-    def run(self, model: CM3) -> TaskResult:
-        start = time.monotonic()
-        examples = list(self.scenes.open())
-        encoder = open_encoder(self.ranker, str(model.device))
-        most = max(self.samples)
-        metrics: dict[str, Estimate] = {}
-        seconds: dict[str, float] = {}
-        for arm, how in ARMS.items():
-            sampling: dict[str, Any] = {
-                "sampler": how["sampler"],
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "guidance_scale": self.guidance_scale if how.get("guidance") else 1.0,
-            }
-            right, fits, clock = [], [], time.monotonic()
-            for first in range(0, len(examples), self.batch_size):
-                batch = examples[first : first + self.batch_size]
-                captions = [example.caption for example in batch]
-                samples = model.generate(captions, num_images=most, seed=self.scenes.seed, **sampling)
-                fits += fit(encoder, captions, [picture for pictures in samples for picture in pictures])
-                right += [
-                    matches(read_scene(picture), example.statement).attributes_right
-                    for pictures, example in zip(samples, batch, strict=True)
-                    for picture in pictures
-                ]
-            seconds[arm] = (time.monotonic() - clock) / len(right)
-            right_NS, fit_NS = np.reshape(right, (-1, most)), np.reshape(fits, (-1, most))
-            for count in self.samples:
-                chosen = fit_NS[:, :count].argmax(axis=1)
-                best = right_NS[np.arange(len(chosen)), chosen]
-                metrics[f"shape, colour and count right, {arm}, best of {count}"] = share(best.tolist())
-        record = self.scenes.protocol(
-            model,
-            sampling={"temperature": self.temperature, "top_p": self.top_p, "guidance_scale": self.guidance_scale},
-            retrieve=0,
-            seed=self.scenes.seed,
-            samples_per_prompt=most,
-            re_ranking=f"best of the first n by the cosine of {self.ranker} {encoder.hash[:12]}",
-            metrics={"grader": _GRADER},
-            interval=WILSON,
-            details={"ways": ARMS, "seconds a picture": {arm: round(value, 4) for arm, value in seconds.items()}},
-        )
-        return TaskResult("decoding", metrics, record, time.monotonic() - start)
-
-
-def _mean_score(memory: str, found: list[list[ContextDocument]]) -> float:
+def mean_score(memory: str, found: Sequence[Sequence[ContextDocument]]) -> float:
+    """The mean score of what was retrieved; raises ConfigError where that is nothing at all."""
     scores = [item.score for items in found for item in items]
     if not scores:
         raise ConfigError(f"{memory} holds no document for any of the captions; raise max_similarity or index more")

@@ -9,6 +9,7 @@ from pathlib import Path
 from cm3.config import load_config, to_dict
 from cm3.errors import ConfigError
 from cm3.eval.compositional_task import CompositionalGeneration, DpgPictures, GenEvalPictures
+from cm3.eval.decoding_tasks import DecodingStudy, PairDecodingStudy
 from cm3.eval.document_tasks import Captioning, PictureMatching, Reconstruction
 from cm3.eval.frechet_task import FrechetDistance
 from cm3.eval.instruct_file_tasks import InstructionAnswers, InstructionEdits
@@ -16,7 +17,8 @@ from cm3.eval.instruct_task import SceneInstructions
 from cm3.eval.likelihood import Likelihood
 from cm3.eval.nlvr_box import BoxCaptioning, BoxGeneration, BoxReconstruction
 from cm3.eval.report import markdown, write_report
-from cm3.eval.retrieval_tasks import DecodingStudy, RetrievedLikelihood, RetrievedSceneGeneration
+from cm3.eval.retrieval_tasks import RetrievedLikelihood, RetrievedSceneGeneration
+from cm3.eval.retrieved_pictures import RetrievedPictureMatching
 from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfilling, SceneReconstruction
 from cm3.eval.vqa_task import VisualQuestions
 from cm3.pipeline import CM3
@@ -72,8 +74,12 @@ class EvalRun:
     """The same behind retrieved documents."""
     retrieved_scene_generation: RetrievedSceneGeneration | None = None
     """Pictures of scene captions behind retrieved documents."""
+    retrieved_picture_matching: RetrievedPictureMatching | None = None
+    """Whether pictures drawn behind retrieved documents resemble their own originals most."""
     decoding: DecodingStudy | None = None
     """Top-p, guidance, CD-K and their mixture, over 1, 2, 4, 8 samples a caption."""
+    pair_decoding: PairDecodingStudy | None = None
+    """The same on any captioned pictures."""
 
 
 def evaluate(config_path: str, overrides: Sequence[str] = ()) -> str:

@@ -30,7 +30,8 @@ KINDS = ("concept", "style", "concept")
 NOT_SHARES = ("PSNR", "SSIM", "CIDEr", "BLEU", "CLIPScore", "encoder", "bits per", "seconds a", "spurious objects")
 TESTED_BELOW = {"geneval_pictures", "dpg_pictures"}
 TESTED_ELSEWHERE = {
-    *("retrieved_likelihood", "retrieved_scene_generation", "decoding"),
+    *("retrieved_likelihood", "retrieved_scene_generation", "retrieved_picture_matching"),
+    *("decoding", "pair_decoding"),
     *("scene_instructions", "instruction_answers", "instruction_edits", "visual_questions"),
 }
 
