@@ -318,15 +318,15 @@ class DocumentTokenizer:
     def load(cls, folder: str | Path) -> "DocumentTokenizer":
         """Read what `save` wrote. Raises ModelFilesError where files are missing or do not fit together."""
         folder = Path(folder)
-        if has_json_text_tokenizer(folder):
-            vocabulary = Vocabulary.load(folder / VOCABULARY_FILE)
-            text = JsonTextTokenizer.load(folder / JSON_TEXT_TOKENIZER_FILE, vocabulary)
-            return cls(text, ImageTokenizer.load(folder), vocabulary)
-        return cls(
-            TextTokenizer.load(folder / TEXT_TOKENIZER_FILE),
-            ImageTokenizer.load(folder),
-            Vocabulary.load(folder / VOCABULARY_FILE),
-        )
+        return cls(load_text_tokenizer(folder), ImageTokenizer.load(folder), Vocabulary.load(folder / VOCABULARY_FILE))
+
+
+def load_text_tokenizer(folder: str | Path) -> TextTokenizer | JsonTextTokenizer:
+    """The text tokenizer of a folder; that of an imported model needs the vocabulary beside it."""
+    folder = Path(folder)
+    if has_json_text_tokenizer(folder):
+        return JsonTextTokenizer.load(folder / JSON_TEXT_TOKENIZER_FILE, Vocabulary.load(folder / VOCABULARY_FILE))
+    return TextTokenizer.load(folder / TEXT_TOKENIZER_FILE)
 
 
 def has_json_text_tokenizer(folder: str | Path) -> bool:

@@ -31,17 +31,14 @@ from cm3.data.sources import Source, SourceConfig, fingerprint, open_source
 from cm3.distributed import is_main, local_rank, rank, world_size
 from cm3.errors import ConfigError, DataError
 from cm3.tokenizers.document import (
-    JSON_TEXT_TOKENIZER_FILE,
-    TEXT_TOKENIZER_FILE,
     VOCABULARY_FILE,
     DocumentTokenizer,
     TokenizedDocument,
-    has_json_text_tokenizer,
+    load_text_tokenizer,
 )
 from cm3.tokenizers.image import ImageTokenizer
 from cm3.tokenizers.instruct import tokenize_examples
 from cm3.tokenizers.json_text import JsonTextTokenizer
-from cm3.tokenizers.text import TextTokenizer
 from cm3.tokenizers.vocabulary import Vocabulary
 from cm3.training.contexts import Contexts, RetrievalConfig
 from cm3.training.metrics import duration
@@ -145,12 +142,10 @@ class Preparer:
     def __init__(self, config: PrepareConfig) -> None:
         self.config = config
         image, folder = ImageTokenizer.load(config.image_tokenizer), Path(config.text_tokenizer)
-        text: TextTokenizer | JsonTextTokenizer
-        if has_json_text_tokenizer(folder):
+        text = load_text_tokenizer(folder)
+        if isinstance(text, JsonTextTokenizer):
             vocabulary = Vocabulary.load(folder / VOCABULARY_FILE)
-            text = JsonTextTokenizer.load(folder / JSON_TEXT_TOKENIZER_FILE, vocabulary)
         else:
-            text = TextTokenizer.load(folder / TEXT_TOKENIZER_FILE)
             vocabulary = Vocabulary.build(text.size, image.num_codes, config.num_sentinels)
         has_turns = vocabulary.layout.turn_end is not None
         self.source: Source = open_source(replace(config.data, layout="turns") if has_turns else config.data)
