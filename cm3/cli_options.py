@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
+
+from cm3.errors import RequestError
 
 
 def box(text: str) -> tuple[int, int, int, int]:
@@ -110,3 +114,16 @@ def load_model(args: argparse.Namespace) -> Any:
     if getattr(args, "memory", None):
         model.use_memory(args.memory, encoder=args.encoder)
     return model
+
+
+def require_writable(folder: str | Path) -> None:
+    """Look whether files can be written to a folder, which need not exist, before work is done for nothing.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    folder = Path(folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "may not be written to" if existing.is_dir() else "is no folder"
+        raise RequestError(f"cannot write to {folder}: {existing} {reason}; choose another --out")

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from cm3.cli_options import add_model, add_negative, add_retrieval, add_sampling, box, load_model, sampling
+from cm3.cli_options import (
+    add_model,
+    add_negative,
+    add_retrieval,
+    add_sampling,
+    box,
+    load_model,
+    require_writable,
+    sampling,
+)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +47,7 @@ def generate(args: argparse.Namespace) -> None:
     from cm3.drawing import ranking_summary, retrieval_sheet
     from cm3.gallery import save_gallery, save_image
 
+    require_writable(args.out)
     model = load_model(args)
     names = ("seed", "negative", "retrieve", "unconditional_context", "best_of", "rank", "ranker")
     request = {name: getattr(args, name) for name in names}
@@ -108,6 +119,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def edit(args: argparse.Namespace) -> None:
     """Change a picture as an instruction says; print the file."""
+    require_writable(Path(args.out).parent)
     model = load_model(args)
     picture = model.edit(args.image, args.instruction, seed=args.seed, **sampling(args))
     request = {"image": args.image, "instruction": args.instruction}
@@ -132,6 +144,7 @@ def add_infill_arguments(parser: argparse.ArgumentParser) -> None:
 
 def infill(args: argparse.Namespace) -> None:
     """Draw a part of a picture anew; print the file."""
+    require_writable(Path(args.out).parent)
     model = load_model(args)
     request = {"prompt": args.prompt, "negative": args.negative, "seed": args.seed}
     picture = model.infill(args.image, box=args.box, **request, **sampling(args))

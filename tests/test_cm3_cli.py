@@ -118,6 +118,8 @@ def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
         (["generate", "a star", "--retrieve", "1"], "needs a memory"),
         (["generate", "a star", "--retrieve", "1", "--memory", "missing"], "missing holds no finished memory"),
         (["generate", "a star", "--negative", "a box", "--guidance-scale", "1"], "has no effect"),
+        (["generate", "a star", "--out", "{picture}"], "is no folder; choose another --out"),
+        (["infill", "{picture}", "--box", "4,4,8,8", "--out", "{picture}/a.png"], "is no folder"),
         (["caption", "missing.png"], "missing.png"),
         (["caption", __file__], "no picture format"),
         (["infill", "{picture}", "--box", "0,0,99,99"], "central square"),
