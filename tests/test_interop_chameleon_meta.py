@@ -93,7 +93,7 @@ def test_neighbours_by_hand():
 
 def test_norms_that_every_part_has_a_copy_of_are_averaged(sharded, tmp_path):
     for index in range(4):
-        part = torch.load(sharded / f"consolidated.{index:02}.pth")
+        part = torch.load(sharded / f"consolidated.{index:02}.pth", weights_only=True)
         part["norm.weight"] = torch.full((32,), float(index))
         torch.save(part, sharded / f"consolidated.{index:02}.pth")
     import_chameleon(sharded, tmp_path / "ours")
@@ -136,7 +136,7 @@ def drop(part):
     ],
 )
 def test_every_tensor_of_every_file_is_accounted_for(sharded, tmp_path, change, message):
-    part = torch.load(sharded / "consolidated.02.pth")
+    part = torch.load(sharded / "consolidated.02.pth", weights_only=True)
     change(part)
     torch.save(part, sharded / "consolidated.02.pth")
     with pytest.raises(ModelFilesError, match=message):
@@ -192,7 +192,7 @@ def test_anole_as_it_is_released_and_as_its_tools_write_it(tmp_path, capsys):
     root = save_meta(chameleon, tmp_path / "chameleon", 1)
     import_chameleon(root, tmp_path / "before")
     path = root / "models" / "7b" / "consolidated.pth"
-    weights = torch.load(path)
+    weights = torch.load(path, weights_only=True)
     weights["output.weight"][4:20] += 1
     torch.save({**weights, "rope.freqs": None}, path)
     (root / "models" / "7b" / "config.json").write_text("{}")  # its release has one there

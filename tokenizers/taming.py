@@ -6,6 +6,7 @@ their `quantize` has other names: the codebook is our `quantizer.codebook_QE`, t
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [channels_in] + [channels] * num_blocks
-        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(SpatialAttention(channels) for _ in range(num_blocks if attention else 0))
         self.downsample = Halving(channels) if halve else nn.Identity()
         self.upsample = Doubling(channels) if double else nn.Identity()
