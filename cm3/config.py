@@ -81,6 +81,12 @@ def load_config(config_class: type[Config], path: str | Path | None, overrides: 
         raise ConfigError(f"{where}: {_one_line(error)}") from None
 
 
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for a seed of a run that random generators do not take, or not with a step number beside it."""
+    if not 0 <= seed < 1 << 31:
+        raise ConfigError(f"seed={seed}; choose 0 to 2147483647")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a config as plain dictionaries and lists, ready for YAML or JSON."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}

@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
 from cm3.config import to_dict
 from cm3.data.sources import SourceConfig, open_source
-from cm3.drawing import fit
 from cm3.errors import ConfigError
 from cm3.eval.distances import Gaussian, frechet_estimate
 from cm3.eval.document_tasks import ALL, PairSet, caption_of, picture_of, square_of
@@ -34,26 +34,23 @@ _GRADER = "cm3.eval.scenes.matches on what read_scene sees"
 ARMS: dict[str, dict[str, Any]] = {
     "top-p": {"sampler": "top-p"},
     "top-p, guidance": {"sampler": "top-p", "guidance": True},
-    "cd-k": {"sampler": "cd-k"},
-    "mixed": {"sampler": "mixed", "guidance": True},
+    "cd-k, k = 1": {"sampler": "cd-k", "contrast_k": 1},
+    "cd-k, k = 8": {"sampler": "cd-k", "contrast_k": 8},
+    "mixed, k = 1": {"sampler": "mixed", "contrast_k": 1, "guidance": True},
 }
 """The ways of decoding that are compared; mixed is guided top-p and cd-k in turn."""
 
 
 def settings_of(arm: str, temperature: float, top_p: float, guidance_scale: float) -> dict[str, Any]:
     """The sampling settings of a way of decoding; those without guidance have it at 1, which is off."""
-    scale = guidance_scale if ARMS[arm].get("guidance") else 1.0
-    return {
-        "sampler": ARMS[arm]["sampler"],
-        "temperature": temperature,
-        "top_p": top_p,
-        "guidance_scale": scale,
-    }
+    chosen = dict(ARMS[arm])
+    scale = guidance_scale if chosen.pop("guidance", False) else 1.0
+    return {**chosen, "temperature": temperature, "top_p": top_p, "guidance_scale": scale}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingStudy:
-    """Top-p, guidance, CD-K and their mixture, keeping the best of 1, 2, 4, 8 samples by an encoder."""
+    """Top-p, guidance, CD-K and their mixture, keeping the best of 1, 2, 4, 8 samples by each of `JUDGES`."""
 
     scenes: SceneSet = SceneSet()
     """The captions to draw."""
@@ -65,45 +62,47 @@ class DecodingStudy:
     """Nucleus size of top-p."""
     guidance_scale: float = 2.0
     """Where there is guidance."""
-    ranker: str = DEMO
-    """The encoder that chooses, see `cm3.retrieval.encoder.open_encoder`."""
+    encoder: str = DEMO
+    """See `cm3.retrieval.encoder.open_encoder`."""
     batch_size: int = 20
     """Captions drawn at a time; the pictures do not depend on it."""
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
         examples = list(self.scenes.open())
-        encoder = open_encoder(self.ranker, str(model.device))
-        most = max(self.samples)
+        encoder = open_encoder(self.encoder, str(model.device))
+        most, numbers_N = max(self.samples), np.arange(len(examples))
         metrics: dict[str, Estimate] = {}
         seconds: dict[str, float] = {}
         for arm in ARMS:
             sampling = settings_of(arm, self.temperature, self.top_p, self.guidance_scale)
-            right, fits, clock = [], [], time.monotonic()
+            right, pictures, clock = [], list[PILImage.Image](), time.monotonic()
             for first in range(0, len(examples), self.batch_size):
                 batch = examples[first : first + self.batch_size]
                 captions = [example.caption for example in batch]
                 samples = model.generate(captions, num_images=most, seed=self.scenes.seed, **sampling)
-                fits += fit(encoder, captions, [picture for pictures in samples for picture in pictures])
+                pictures += [picture for drawn in samples for picture in drawn]
                 right += [
                     matches(read_scene(picture), example.statement).attributes_right
-                    for pictures, example in zip(samples, batch, strict=True)
-                    for picture in pictures
+                    for drawn, example in zip(samples, batch, strict=True)
+                    for picture in drawn
                 ]
             seconds[arm] = (time.monotonic() - clock) / len(right)
-            right_NS, fit_NS = np.reshape(right, (-1, most)), np.reshape(fits, (-1, most))
-            for count in self.samples:
-                chosen = fit_NS[:, :count].argmax(axis=1)
-                best = right_NS[np.arange(len(chosen)), chosen]
-                metrics[f"shape, colour and count right, {arm}, best of {count}"] = share(best.tolist())
+            captions = [example.caption for example in examples]
+            scores = _scores(model, encoder, captions, pictures, encoder.encode_images(pictures))
+            right_M = np.array(right)
+            for ranker, count in product(JUDGES, self.samples):
+                chosen_N = _chosen(scores[ranker], numbers_N, most, count)
+                how = f"{arm}, best of {count} by {ranker}"
+                metrics[f"shape, colour and count right, {how}"] = share(right_M[chosen_N].tolist())
         record = self.scenes.protocol(
             model,
             sampling={"temperature": self.temperature, "top_p": self.top_p, "guidance_scale": self.guidance_scale},
             retrieve=0,
             seed=self.scenes.seed,
             samples_per_prompt=most,
-            re_ranking=f"best of the first n by the cosine of {self.ranker} {encoder.hash[:12]}",
-            metrics={"grader": _GRADER},
+            re_ranking=_RE_RANKING,
+            metrics={"grader": _GRADER, **_ranker_definitions(self.encoder, encoder)},
             interval=WILSON,
             details={"ways": ARMS, "seconds a picture": {arm: round(value, 4) for arm, value in seconds.items()}},
         )
@@ -111,7 +110,9 @@ class DecodingStudy:
 
 
 JUDGES: dict[str, str] = {"caption": "clip", "clip": "caption"}
-"""Who judges what a ranker has chosen: never itself."""
+"""The rankers, and who judges what each has chosen: never itself."""
+
+_RE_RANKING = f"best of the first n by {' and by '.join(JUDGES)}"
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """How well texts and pictures fit, both given by their numbers, [M] and [M] to [M]; higher is better."""
@@ -122,12 +123,12 @@ class PairDecodingStudy:
     """The same on any captioned pictures, where no oracle tells right from wrong; three figures stand in for it.
 
     Own picture found: of the chosen pictures of a caption and of some rivals, the judge (encoder or caption
-    likelihood, whichever did not choose) finds that the caption's own fits it best. One text is asked about several
-    pictures and not the reverse, since a model finds some texts likelier than others whatever the picture shows.
-    Nearer to its original: how many originals of other captions are farther in small pixels; chance is a half, and
-    neither ranker nor judge has a part in it. Fréchet distance of the chosen pictures to real ones, by the encoder,
-    and therefore circular where the encoder chose. The caption likelihood is the model's own, and guidance is by its
-    nature in favour of it: judged so, guided ways look better than they are.
+    likelihood, whichever of `JUDGES` did not choose) finds that the caption's own fits it best. One text is asked
+    about several pictures and not the reverse, since a model finds some texts likelier than others whatever the
+    picture shows. Nearer to its original: how many originals of other captions are farther in small pixels; chance
+    is a half, and neither ranker nor judge has a part in it. Fréchet distance of the chosen pictures to real ones,
+    by the encoder, and therefore circular where the encoder chose. The caption likelihood is the model's own, and
+    guidance is by its nature in favour of it: judged so, guided ways look better than they are.
     """
 
     source: SourceConfig
@@ -138,8 +139,6 @@ class PairDecodingStudy:
     """The real pictures of the Fréchet distance; null takes the originals."""
     encoder: str = DEMO
     """See `cm3.retrieval.encoder.open_encoder`; trained on such pictures, or its figures say little."""
-    rank: Literal["caption", "clip"] = "caption"
-    """Who chooses: the model's likelihood of the caption behind the picture, or the encoder; the other one judges."""
     samples: tuple[int, ...] = (1, 2, 4, 8)
     """Candidates for each caption; the first n of the largest number are the n."""
     temperature: float = 1.0
@@ -187,13 +186,12 @@ class PairDecodingStudy:
             seconds[arm] = (time.monotonic() - clock) / len(pictures)
             image_ME = encoder.encode_images(pictures)
             scores = _scores(model, encoder, captions, pictures, image_ME)
-            fit_NS = scores[self.rank](np.repeat(numbers_N, most), np.arange(len(pictures))).reshape(-1, most)
-            for count in self.samples:
-                chosen_N = numbers_N * most + fit_NS[:, :count].argmax(axis=1)
+            for ranker, count in product(JUDGES, self.samples):
+                chosen_N = _chosen(scores[ranker], numbers_N, most, count)
                 shown = {number: pictures[place] for number, place in enumerate(chosen_N)}
                 ranks = own_ranks(shown, originals, groups, self.thumbnail_side)
-                how = f"{arm}, best of {count}"
-                metrics[f"own picture found, {how}"] = _found(scores[JUDGES[self.rank]], chosen_N, rivals_NR)
+                how = f"{arm}, best of {count} by {ranker}"
+                metrics[f"own picture found, {how}"] = _found(scores[JUDGES[ranker]], chosen_N, rivals_NR)
                 metrics[f"nearer to its original than to another, {how}"] = nearer_than_others(list(ranks.values()))
                 metrics[f"encoder Fréchet distance (not FID), {how}"] = frechet_estimate(image_ME[chosen_N], reference)
         record = protocol(
@@ -209,24 +207,36 @@ class PairDecodingStudy:
             retrieve=0,
             seed=self.seed,
             samples_per_prompt=most,
-            re_ranking=f"best of the first n by {self.rank}",
+            re_ranking=_RE_RANKING,
             metrics={
-                "clip": f"cosine by {self.encoder} {encoder.hash[:12]}",
-                "caption": "mean log-probability of the caption's ids behind the picture, whose codes are read anew",
-                "own picture found": f"by {JUDGES[self.rank]}, its own before those of {self.num_rivals} other "
+                **_ranker_definitions(self.encoder, encoder),
+                "own picture found": f"by whoever did not choose, its own before those of {self.num_rivals} other "
                 f"captions; chance {1 / (self.num_rivals + 1):.3g}",
                 "nearer": f"mean squared difference of RGB at {self.thumbnail_side}x{self.thumbnail_side}; chance 0.5",
-                "Fréchet distance": "unbiased covariances, float64, vectors of the encoder",
+                "Fréchet distance": "unbiased covariances, float64, vectors of the encoder, which chose where clip did",
             },
             interval=f"found: {WILSON}; nearer: {NORMAL}; Fréchet: {JACKKNIFE}",
             details={
                 "ways": ARMS,
                 "rivals": f"of the same {self.within}" if self.within else "all",
-                "Fréchet distance by the encoder that chose": self.rank == "clip",
                 "seconds a picture": {arm: round(value, 4) for arm, value in seconds.items()},
             },
         )
         return TaskResult("decoding of pairs", metrics, record, time.monotonic() - start)
+
+
+def _chosen(score: Score, numbers_N: np.ndarray, most: int, count: int) -> np.ndarray:
+    """The place of the best of the first `count` pictures of each text, of which each has `most`."""
+    fit_NS = score(np.repeat(numbers_N, most), np.arange(len(numbers_N) * most)).reshape(-1, most)
+    places_N: np.ndarray = numbers_N * most + fit_NS[:, :count].argmax(axis=1)
+    return places_N
+
+
+def _ranker_definitions(name: str, encoder: Encoder) -> dict[str, str]:
+    return {
+        "clip": f"cosine by {name} {encoder.hash[:12]}",
+        "caption": "mean log-probability of the caption's ids behind the picture, whose codes are read anew",
+    }
 
 
 def _scores(

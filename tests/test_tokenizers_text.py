@@ -8,6 +8,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from cm3.config import load_config
+from cm3.data.sources import SourceConfig
 from cm3.errors import ConfigError, DataError, ModelFilesError
 from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3.tokenizers.vocabulary import TEXT_SPECIALS
@@ -214,7 +215,23 @@ def test_stage_trains_from_scenes(tmp_path) -> None:
     assert TextTokenizer.load(run(config)).hash == tokenizer.hash
 
 
-@pytest.mark.parametrize("name", ["demo", "emoji", "nlvr_box"])
+def test_stage_learns_from_all_of_several_sources(tmp_path) -> None:
+    from cm3.training.text_tokenizer import TextTokenizerRun, run
+
+    sources = {}
+    for name, word in (("data", "kangaroo"), ("more", "wallaby")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{word}"}}\n' * 50)
+        sources[name] = SourceConfig(kind="jsonl", path=str(tmp_path / f"{name}.jsonl"), image_column=None)
+    pieces = TextTokenizerConfig(vocabulary_size=300)
+    config = TextTokenizerRun(
+        data=sources["data"], more_data={"more": sources["more"]}, tokenizer=pieces, output=str(tmp_path)
+    )
+    tokenizer = TextTokenizer.load(run(config))
+    assert [len(tokenizer.encode(word)) for word in ("kangaroo", "wallaby")] == [1, 1]
+    assert load_config(TextTokenizerRun, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", ["all", "demo", "emoji", "nlvr_box"])
 def test_configs_load(name: str) -> None:
     from cm3.training.text_tokenizer import TextTokenizerRun
 

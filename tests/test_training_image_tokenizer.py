@@ -253,7 +253,7 @@ def picture_folder(folder, count):
 def test_pictures_in_memory_and_read_as_needed_agree(tmp_path, capsys):
     source = picture_folder(tmp_path, 6)
     (tmp_path / "2.png").write_bytes(b"broken")
-    held, read = open_pixels(source, 8, max_in_memory=6), open_pixels(source, 8, max_in_memory=5)
+    held, read = open_pixels([source], 8, max_in_memory=6), open_pixels([source], 8, max_in_memory=5)
     printed = capsys.readouterr().out
     assert "skipped 1 rows" in printed and "read as needed" in printed
     assert (len(held), len(read)) == (5, 6)
@@ -265,7 +265,17 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path):
     source = replace(picture_folder(tmp_path, 3), max_bad_fraction=0.0)
     (tmp_path / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="max_bad_fraction"):
-        open_pixels(source, 8, max_in_memory=10)
+        open_pixels([source], 8, max_in_memory=10)
+
+
+@pytest.mark.parametrize("max_in_memory", [6, 5])
+def test_several_sources_are_one(max_in_memory, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first, second = picture_folder(tmp_path / "first", 2), picture_folder(tmp_path / "second", 4)
+    joined = open_pixels([first, second], 8, max_in_memory)
+    assert len(joined) == 6
+    assert joined.pixels(np.arange(6))[:, 0, 0, 0].tolist() == [0, 10, 0, 10, 20, 30]
 
 
 def test_batches_depend_on_seed_and_step_only():
@@ -284,6 +294,7 @@ def test_batches_depend_on_seed_and_step_only():
     [
         ({"steps": 0}, "steps=0"),
         ({"learning_rate": 0.0}, "learning_rate"),
+        ({"seed": -1}, "seed=-1; choose 0 to"),
         ({"quantize_from_step": 12}, "not before the end"),
         ({"revive_after_steps": -1}, "revive_after_steps=-1"),
         ({"freeze_codes_from_step": 3}, "must come after"),

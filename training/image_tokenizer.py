@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cm3.checkpoint import write_text
 from cm3.config import dump_config
+from cm3.data.sources import open_source
 from cm3.tokenizers.image import ImageTokenizer, pixels_to_model
 from cm3.training.discriminator import adaptive_weight, discriminator_loss, generator_loss
 from cm3.training.image_tokenizer_config import ImageTokenizerRun
@@ -37,15 +38,17 @@ def run(config: ImageTokenizerRun) -> Path | None:
         DataError: there are no pictures, or too many rows are bad.
         ModelFilesError: the checkpoint is of another network, or the LPIPS weights cannot be read.
     """
+    for source in filter(None, (config.data, *config.more_data.values(), config.validation)):
+        open_source(source)  # what is missing is said before the settings are printed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    perceptual = _load_perceptual(config, device)
     output, yaml = Path(config.output), dump_config(config, stage="image_tokenizer")
     print(yaml, flush=True)
     write_text(output / "config.yaml", yaml)
-    data = open_pixels(config.data, config.vqgan.image_size, config.max_images_in_memory)
+    data = open_pixels([config.data, *config.more_data.values()], config.vqgan.image_size, config.max_images_in_memory)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     state = ImageTokenizerState(config, device)
-    perceptual = _load_perceptual(config, device)
     checkpoint = output / "checkpoint.safetensors"
     if checkpoint.exists():
         state.load(checkpoint)
@@ -138,8 +141,9 @@ def _load_perceptual(config: ImageTokenizerRun, device: torch.device) -> LPIPS |
     if config.perceptual_weights is None:
         print("perceptual_weights is not set: training without the perceptual loss (LPIPS)", flush=True)
         return None
+    loss = LPIPS.load(config.perceptual_weights).to(device)
     print(f"perceptual loss (LPIPS) with the weights {config.perceptual_weights}", flush=True)
-    return LPIPS.load(config.perceptual_weights).to(device)
+    return loss
 
 
 @torch.no_grad()

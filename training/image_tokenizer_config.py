@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cm3.config import check_seed
 from cm3.data.sources import SourceConfig
 from cm3.errors import ConfigError
 from cm3.tokenizers.vqgan import VQGANConfig
@@ -15,6 +16,8 @@ class ImageTokenizerRun:
 
     data: SourceConfig
     """Pictures to learn from; captions are not used (`text_columns: []` does not ask for them)."""
+    more_data: dict[str, SourceConfig] = field(default_factory=dict)
+    """Further sources, each under a name; every picture of all of them is equally likely."""
     validation: SourceConfig | None = None
     """Held-out pictures for PSNR and codebook usage; null is none."""
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
@@ -82,6 +85,7 @@ class ImageTokenizerRun:
         for name in ("warmup_steps", "quantize_from_step", "revive_after_steps", "evaluation_interval"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 0 or more")
+        check_seed(self.seed)
         if not 0 <= self.min_code_distance < 1:
             raise ConfigError(f"min_code_distance={self.min_code_distance}; choose 0 (off) to below 1")
         if self.learning_rate <= 0:

@@ -29,7 +29,7 @@ class ImageTokenizerReport:
         self._output = Path(config.output)
         self._validation_BHWC: np.ndarray | None = None
         if config.validation is not None:
-            source = open_pixels(config.validation, config.vqgan.image_size, config.max_images_in_memory)
+            source = open_pixels([config.validation], config.vqgan.image_size, config.max_images_in_memory)
             self._validation_BHWC = source.pixels(np.arange(min(len(source), config.evaluation_images)))
         self._file = open_metrics(self._output / "metrics.jsonl", start_step)
 

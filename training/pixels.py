@@ -1,12 +1,15 @@
 """Batches of pixels for the image tokenizer: one uint8 array where it fits, else read as needed."""
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from cm3.data.sources import RowReport, SourceConfig, open_source
+from cm3.data.sources import RowReport, Source, SourceConfig, open_source
 from cm3.errors import DataError
 from cm3.tokenizers.document import Document, Image
 from cm3.tokenizers.image import to_square
@@ -34,11 +37,29 @@ class ArrayPixels:
         return self.pixels_BHWC[indices]
 
 
+class JoinedPixels:
+    """The pictures of several sources, one source after the other."""
+
+    def __init__(self, parts: Sequence[PixelSource]) -> None:
+        self._parts = parts
+        self._starts = list(accumulate((len(part) for part in parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        return np.concatenate([self._read(int(index)) for index in indices])
+
+    def _read(self, index: int) -> np.ndarray:
+        number = bisect_right(self._starts, index) - 1
+        return self._parts[number].pixels(np.array([index - self._starts[number]]))
+
+
 class SourcePixels:
     """The first picture of each document, read when asked for; a bad row gives way to the next one."""
 
-    def __init__(self, config: SourceConfig, size: int) -> None:
-        self._source = open_source(config)
+    def __init__(self, source: Source, size: int) -> None:
+        self._source = source
         self._size = size
 
     def __len__(self) -> int:
@@ -71,26 +92,32 @@ def document_images(document: Document) -> list[PILImage.Image]:
     return [segment.pixels for segment in document.segments if isinstance(segment, Image)]
 
 
-def open_pixels(config: SourceConfig, size: int, max_in_memory: int) -> PixelSource:
-    """Pictures of a source: read once into memory if there are at most `max_in_memory`, else read as needed.
+def open_pixels(configs: Sequence[SourceConfig], size: int, max_in_memory: int) -> PixelSource:
+    """Pictures of sources: read once into memory if they have at most `max_in_memory` rows, else read as needed.
 
     Raises:
-        DataError: there is no picture, or too many rows are bad.
+        DataError: a source has no picture, or too many bad rows.
     """
-    source = open_source(config)
-    if len(source) > max_in_memory:
-        print(
-            f"{len(source)} pictures are more than max_images_in_memory={max_in_memory}: read as needed",
-            flush=True,
-        )
-        return SourcePixels(config, size)
+    sources = [open_source(config) for config in configs]
+    num_rows = sum(len(source) for source in sources)
+    if num_rows > max_in_memory:
+        print(f"{num_rows} pictures are more than max_images_in_memory={max_in_memory}: read as needed", flush=True)
+        return JoinedPixels([SourcePixels(source, size) for source in sources])
+    return ArrayPixels(np.stack([pixels for source in sources for pixels in _all_pixels(source, size)]))
+
+
+def _all_pixels(source: Source, size: int) -> Iterator[np.ndarray]:
+    """Every picture of every good row."""
+    config, found = source.config, False
     rows = tqdm(source, total=len(source), desc=f"{config.kind} {config.split}", unit=" rows", disable=None)
-    pixels = [np.asarray(to_square(image, size)) for document in rows for image in document_images(document)]
+    for document in rows:
+        for image in document_images(document):
+            found = True
+            yield np.asarray(to_square(image, size))
     if source.report.bad:
         print(f"skipped {source.report.bad} rows: {'; '.join(source.report.bad_rows)}", flush=True)
-    if not pixels:
+    if not found:
         raise DataError(f"the source {config.kind} {config.path} holds no pictures; check path and image_column")
-    return ArrayPixels(np.stack(pixels))
 
 
 def training_pixels(source: PixelSource, batch_size: int, seed: int, step: int, flip: bool) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Training of the text tokenizer (`stage: text_tokenizer`)."""
 
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +21,8 @@ class TextTokenizerRun:
 
     data: SourceConfig
     """The texts, from every text column."""
+    more_data: dict[str, SourceConfig] = field(default_factory=dict)
+    """Further sources, each under a name."""
     tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     """How many pieces, and which characters."""
     output: str
@@ -35,16 +37,18 @@ def run(config: TextTokenizerRun) -> Path:
         ConfigError: the texts have more characters than the vocabulary can hold.
     """
     yaml = dump_config(config, stage="text_tokenizer")
+    sources = [open_source(data) for data in (config.data, *config.more_data.values())]
     print(yaml, flush=True)
-    source = open_source(config.data)
-    texts = iter(tqdm(source.texts(), desc="reading", unit=" texts", disable=None))
+    joined = chain.from_iterable(source.texts() for source in sources)
+    texts = iter(tqdm(joined, desc="reading", unit=" texts", disable=None))
     tokenizer = TextTokenizer.train(texts, config.tokenizer)
     path = Path(config.output) / TEXT_TOKENIZER_FILE
     write_text(path.with_name("config.yaml"), yaml)
     tokenizer.save(path)
     print(_summary(tokenizer, config), flush=True)
-    if source.report.bad:
-        print(f"skipped {source.report.bad} rows: {'; '.join(source.report.bad_rows)}", flush=True)
+    for source in sources:
+        if source.report.bad:
+            print(f"skipped {source.report.bad} rows: {'; '.join(source.report.bad_rows)}", flush=True)
     print(f"wrote {path}", flush=True)
     return path
 
