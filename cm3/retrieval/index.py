@@ -164,20 +164,26 @@ class VectorIndex:
 def exact_search(
     vectors_ME: Float[np.ndarray, "M E"], queries_NE: Float[np.ndarray, "N E"], k: int, chunk_rows: int = _CHUNK_ROWS
 ) -> tuple[Float[np.ndarray, "N K"], Int[np.ndarray, "N K"]]:
-    """`VectorIndex.search` by reading all vectors, `chunk_rows` of them at a time."""
+    """`VectorIndex.search` by reading all vectors, `chunk_rows` of them at a time.
+
+    P scores that may be among the best   C columns: the best so far, then those of the chunk
+    """
     scores_NK = np.full((len(queries_NE), k), -np.inf, dtype=np.float32)
     rows_NK = np.full((len(queries_NE), k), -1, dtype=np.int64)
     for start, chunk_ME in _chunks(vectors_ME, chunk_rows):
         scores_NM = queries_NE @ chunk_ME.T
-        if len(chunk_ME) > k:  # keep all that equal the k-th, so that ties do not depend on the chunks
-            kth_N1 = np.partition(scores_NM, -k, axis=1)[:, -k, None]
-            most = int((scores_NM >= kth_N1).sum(1).max())
-            rows_NM = np.argpartition(-scores_NM, most - 1, axis=1)[:, :most]
-        else:
-            rows_NM = np.broadcast_to(np.arange(len(chunk_ME)), scores_NM.shape)
-        scores_NM = np.take_along_axis(scores_NM, rows_NM, axis=1)
-        merged = np.concatenate([scores_NK, scores_NM], axis=1), np.concatenate([rows_NK, start + rows_NM], axis=1)
-        scores_NK, rows_NK = _best(*merged, k)
+        least_N1 = scores_NK[:, -1:]
+        if start == 0 and len(chunk_ME) > k:
+            least_N1 = np.partition(scores_NM, -k, axis=1)[:, -k, None]
+        queries_P, rows_P = np.nonzero(scores_NM >= least_N1)  # all that equal the k-th: ties must not depend on chunks
+        counts_N = np.bincount(queries_P, minlength=len(queries_NE))
+        columns_P = k + np.arange(len(rows_P)) - np.repeat(counts_N.cumsum() - counts_N, counts_N)
+        padding = ((0, 0), (0, int(counts_N.max(initial=0))))
+        scores_NC = np.pad(scores_NK, padding, constant_values=-np.inf)
+        rows_NC = np.pad(rows_NK, padding, constant_values=-1)
+        scores_NC[queries_P, columns_P] = scores_NM[queries_P, rows_P]
+        rows_NC[queries_P, columns_P] = start + rows_P
+        scores_NK, rows_NK = _best(scores_NC, rows_NC, k)
     return scores_NK, rows_NK
 
 
