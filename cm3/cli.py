@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cm3 import __version__, cli_bench, cli_compare, cli_export, cli_import, cli_index, cli_instruct, cli_requests
+from cm3.cli_parser import SETTINGS, Parser, add_sub_parser, in_shell_words
 from cm3.errors import CM3Error
 
 
@@ -23,11 +24,12 @@ class Verb:
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [-h] config [{SETTINGS} value ...]"
     parser.add_argument("config", help="a YAML file; see configs/")
     parser.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
-        metavar="--key value",
+        metavar=f"{SETTINGS} value",
         help="settings that replace the file's; --help after the file lists them all",
     )
 
@@ -61,7 +63,7 @@ VERBS: dict[str, Verb] = {
         "pictures from words",
         cli_requests.add_generate_arguments,
         cli_requests.generate,
-        'cm3 generate "a large red circle left of a small blue square" --num-images 4 --seed 0 --out out/',
+        'cm3 generate "a large red circle" --num-images 4 --seed 0 --out out/',
     ),
     "caption": Verb(
         "words from pictures",
@@ -85,7 +87,7 @@ VERBS: dict[str, Verb] = {
         "draw a part of a picture anew",
         cli_requests.add_infill_arguments,
         cli_requests.infill,
-        'cm3 infill photo.png --box 16,16,48,48 --prompt "a green star" --out filled.png',
+        'cm3 infill photo.png --box 16,16,48,48 --prompt "a green star"',
     ),
     "complete": Verb(
         "continue a text, with pictures where the model draws them",
@@ -141,6 +143,12 @@ VERBS: dict[str, Verb] = {
         cli_instruct.validate,
         "cm3 validate data/instruct.jsonl --sheet sheet.html",
     ),
+    "tutorial": Verb(
+        "write the ten rows of the README's tutorial, with their pictures",
+        cli_instruct.add_tutorial_arguments,
+        cli_instruct.tutorial,
+        "cm3 tutorial my-data",
+    ),
     "convert": Verb(
         "make instruction data of LLaVA, COCO, VQAv2, ControlNet, InstructPix2Pix or Parquet",
         cli_instruct.add_convert_arguments,
@@ -151,7 +159,7 @@ VERBS: dict[str, Verb] = {
         "figures of several evaluations side by side",
         cli_compare.add_arguments,
         cli_compare.run,
-        "cm3 compare --group plain runs/plain_0/eval runs/plain_1/eval --group retrieved runs/retrieved_0/eval",
+        "cm3 compare --group plain runs/a0/eval runs/a1/eval --group new runs/b0/eval",
     ),
     "bench": Verb(
         "measure what the parts cost on this machine",
@@ -164,20 +172,17 @@ VERBS: dict[str, Verb] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; importing nothing heavy."""
-    parser = argparse.ArgumentParser(
-        prog="cm3", description="Text to pictures and pictures to text with one CM3Leon-style transformer."
+    parser = Parser(
+        prog="cm3",
+        description="Text to pictures and pictures to text with one CM3Leon-style transformer.",
+        epilog='cm3 VERB --help says what a verb takes. To begin with:\n  cm3 generate "a small green star"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cm3 {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
     for name, verb in VERBS.items():
-        sub = verbs.add_parser(
-            name,
-            help=verb.summary,
-            description=verb.summary.capitalize() + ".",
-            epilog=f"example: {verb.example}",
-        )
-        verb.add_arguments(sub)
+        verb.add_arguments(add_sub_parser(verbs, name, verb.summary, verb.example))
     return parser
 
 
@@ -187,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return VERBS[args.verb].run(args) or 0
     except (CM3Error, OSError) as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        message = in_shell_words(" ".join(str(error).splitlines()), vars(args))
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=OWN,
         help="cm3: ours, of a checkpoint (default); chameleon: Hugging Face's, of a model folder that is a Chameleon",
     )
-    parser.add_argument("--tokenizers", metavar="FOLDER", help="where the data of the run no longer lie at their place")
+    parser.add_argument("--tokenizers", metavar="FOLDER", help="the run's tokenizers, where its data are gone")
 
 
 def run(args: argparse.Namespace) -> None:

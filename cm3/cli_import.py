@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from cm3.cli_parser import add_sub_parser
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the formats."""
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT", title="formats")
 
-    chameleon = formats.add_parser(
-        "chameleon", help="a Chameleon, Anole or Lumina-mGPT, in Hugging Face's format or in Meta's own"
+    chameleon = add_sub_parser(
+        formats,
+        "chameleon",
+        "a Chameleon, Anole or Lumina-mGPT, in Hugging Face's format or in Meta's own",
+        "cm3 import chameleon chameleon-7b my-chameleon --vqgan tokenizer/vqgan.ckpt",
     )
     _add_places(chameleon, "a folder with config.json, tokenizer.json and safetensors, or with models/7b and tokenizer")
     chameleon.add_argument(
@@ -21,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     chameleon.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
 
-    vqgan = formats.add_parser(
-        "vqgan", help="a VQ-GAN of taming-transformers, Chameleon's or LlamaGen's, as an image tokenizer"
+    vqgan = add_sub_parser(
+        formats,
+        "vqgan",
+        "a VQ-GAN of taming-transformers, Chameleon's or LlamaGen's, as an image tokenizer",
+        "cm3 import vqgan vq_ds16_c2i.pt my-vq --image-size 256",
     )
     _add_places(vqgan, "the checkpoint, such as last.ckpt, vqgan.ckpt or vq_ds16_c2i.pt")
     vqgan.add_argument(

@@ -8,38 +8,55 @@ from collections.abc import Callable
 from typing import Any
 
 from cm3.cli_options import add_model
+from cm3.cli_parser import add_sub_parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the four actions."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
 
-    build = actions.add_parser("build", help="make a memory of any rows that can be read")
+    build = add_sub_parser(
+        actions,
+        "build",
+        "make a memory of any rows that can be read",
+        "cm3 index build scenes --limit 20000 --out scenes-memory",
+    )
     _add_source(build)
     build.add_argument("--out", required=True, metavar="MEMORY", help="the folder to write")
-    build.add_argument("--encoder", default="demo", metavar="NAME", help="makes the vectors: `demo`, a folder, ...")
+    build.add_argument(
+        "--encoder", default="demo", metavar="NAME", help="makes the vectors: `demo`, a folder, or a Hugging Face CLIP"
+    )
     build.add_argument(
         "--index",
         default="auto",
         choices=("auto", "flat", "hnsw", "ivf", "ivf-pq"),
         help="how vectors are searched; auto goes by their number (default)",
     )
-    build.add_argument("--processes", type=int, default=1, metavar="N", help="(default: 1)")
+    build.add_argument("--processes", type=int, default=1, metavar="N", help="that work at a time (default: 1)")
     add_model(build)
 
-    append = actions.add_parser("append", help="add rows to a memory")
-    append.add_argument("memory", metavar="MEMORY")
+    append = add_sub_parser(
+        actions, "append", "add rows to a memory", "cm3 index append my-memory photos/ --kind folder"
+    )
+    _add_memory(append)
     _add_source(append)
     append.add_argument("--encoder", metavar="NAME", help="where it is not under the name the memory keeps")
-    append.add_argument("--processes", type=int, default=1, metavar="N", help="(default: 1)")
+    append.add_argument("--processes", type=int, default=1, metavar="N", help="that work at a time (default: 1)")
     add_model(append)
 
-    delete = actions.add_parser("delete", help="let no search find some documents any more")
-    delete.add_argument("memory", metavar="MEMORY")
-    delete.add_argument("row", type=int, nargs="+", help="as `search` prints them")
+    delete = add_sub_parser(
+        actions, "delete", "let no search find some documents any more", "cm3 index delete my-memory 17 18"
+    )
+    _add_memory(delete)
+    delete.add_argument("row", type=int, nargs="+", help="number of a document, as `cm3 index search` prints it")
 
-    search = actions.add_parser("search", help="find documents by text, picture, or both")
-    search.add_argument("memory", metavar="MEMORY")
+    search = add_sub_parser(
+        actions,
+        "search",
+        "find documents by text, picture, or both",
+        'cm3 index search my-memory --text "a large red circle"',
+    )
+    _add_memory(search)
     search.add_argument("--text", default="", help="what they should say or show")
     search.add_argument("--image", metavar="FILE", help="a picture they should resemble")
     search.add_argument("--count", type=int, default=8, metavar="N", help="results (default: 8)")
@@ -49,13 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(search)
 
 
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("memory", metavar="MEMORY", help="a folder that `cm3 index build` wrote")
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help="a file or folder of rows; `scenes` for the procedural scenes")
     kinds = ("parquet", "hub", "jsonl", "folder", "webdataset")
-    parser.add_argument("--kind", choices=kinds, help="how the rows are stored (default: by the name)")
-    parser.add_argument("--split", default="train", help="(default: train)")
     parser.add_argument(
-        "--text-columns", nargs="*", default=["text"], metavar="NAME", help="none: pictures alone (default: text)"
+        "--kind", choices=kinds, metavar="KIND", help=f"how rows are stored: {', '.join(kinds)} (default: by the name)"
+    )
+    parser.add_argument("--split", default="train", metavar="NAME", help="of the data set (default: train)")
+    parser.add_argument(
+        "--text-columns", nargs="*", default=["text"], metavar="NAME", help="no name: pictures alone (default: text)"
     )
     parser.add_argument("--image-column", default="image", metavar="NAME", help="'': texts alone (default: image)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`cm3 validate` and `cm3 convert`: check instruction data, and make it of other formats."""
+"""`cm3 validate`, `convert` and `tutorial`: check instruction data, make it of other formats, write an example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context-length", type=int, metavar="N", help="ids of a row at most (default: the model's)")
     parser.add_argument(
-        "--layout", default="text_first", choices=("text_first", "image_first"), help="(default: text_first)"
+        "--layout",
+        default="text_first",
+        choices=("text_first", "image_first"),
+        help="image_first puts the pictures that the user gives before the text (default: text_first)",
     )
     parser.add_argument("--sheet", metavar="FILE", help="draw a few rows on a page of HTML")
     parser.add_argument("--max-faults", type=int, default=50, metavar="N", help="faults that are named (default: 50)")
@@ -51,9 +54,21 @@ def validate(args: argparse.Namespace) -> int:
     return 1 if report.bad else 0
 
 
+def add_tutorial_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `cm3 tutorial`."""
+    parser.add_argument("folder", help="a new folder, `my-data` in the README; rows.jsonl and images/ go there")
+
+
+def tutorial(args: argparse.Namespace) -> None:
+    """Write the rows; print their file."""
+    from cm3.data.tutorial import write_tutorial
+
+    print(write_tutorial(args.folder))
+
+
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `cm3 convert`."""
-    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("input", help="the file or folder to convert; for vqav2 the file of questions")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where instruct.jsonl and pictures go")
     parser.add_argument("--images", metavar="FOLDER", help="where the pictures lie (default: beside the input)")
@@ -68,7 +83,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-name", metavar="NAME", help="file of a picture, such as COCO_val2014_{image_id:012d}.jpg"
     )
     parquet = parser.add_argument_group("parquet and instructpix2pix")
-    parquet.add_argument("--split", default="train", help="(default: train)")
+    parquet.add_argument("--split", default="train", metavar="NAME", help="of the data set (default: train)")
     parquet.add_argument(
         "--columns",
         type=_column,

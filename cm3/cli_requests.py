@@ -16,6 +16,7 @@ from cm3.cli_options import (
     load_model,
     require_writable,
     sampling,
+    warn,
 )
 
 
@@ -23,7 +24,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `cm3 generate`."""
     parser.add_argument("prompt", nargs="+", help="what to draw; several prompts are drawn in one batch")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures a prompt (default: 1)")
-    parser.add_argument("--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go")
+    parser.add_argument(
+        "--out", default="out", metavar="FOLDER", help="where 000.png ... and settings.json go (default: out)"
+    )
     add_negative(add_sampling(parser, guidance=True))
     add_retrieval(parser).add_argument(
         "--unconditional-context",
@@ -46,6 +49,7 @@ def generate(args: argparse.Namespace) -> None:
     """Draw pictures into a folder; print their files, and what ranking did."""
     from cm3.drawing import ranking_summary, retrieval_sheet
     from cm3.gallery import save_gallery, save_image
+    from cm3.generation.context import left_out_summary
 
     require_writable(args.out)
     model = load_model(args)
@@ -54,10 +58,17 @@ def generate(args: argparse.Namespace) -> None:
     samples = model.draw(args.prompt, num_images=args.num_images, **request, **sampling(args))
     drawings = [drawing for drawings in samples for drawing in drawings]
     summary = ranking_summary(drawings)
-    settings = {"model": args.model, **request, "memory": args.memory, **model.settings(**sampling(args))}
+    settings = {
+        "model": args.model,
+        "quantize": args.quantize,
+        **request,
+        "memory": args.memory,
+        **model.settings(**sampling(args)),
+    }
     pictures = [(drawing.image, drawing.record()) for drawing in drawings]
     for path in save_gallery(args.out, pictures, {**settings, "ranking": summary}):
         print(path)
+    warn(left_out_summary([drawings[0].left_out for drawings in samples]), "settings.json names them")
     if args.retrieve:
         print(save_image(f"{args.out}/retrieved.png", retrieval_sheet(model, samples)))
     for name, means in summary.items():
@@ -67,7 +78,9 @@ def generate(args: argparse.Namespace) -> None:
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `cm3 caption`."""
     parser.add_argument("image", nargs="+", help="picture files")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object a line, retrieved documents included"
+    )
     add_sampling(parser, guidance=False)
     add_retrieval(parser)
     add_model(parser)
@@ -75,13 +88,16 @@ def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
 
 def caption(args: argparse.Namespace) -> None:
     """Print a caption of each picture."""
+    from cm3.generation.context import left_out_summary
+
     model = load_model(args)
-    captions = model.caption(args.image, seed=args.seed, retrieve=args.retrieve, **sampling(args))
-    for path, text in zip(args.image, captions, strict=True):
+    captions = model.describe(args.image, seed=args.seed, retrieve=args.retrieve, **sampling(args))
+    for path, each in zip(args.image, captions, strict=True):
         if args.json:
-            print(json.dumps({"path": path, "caption": text}))
+            print(json.dumps({"path": path, **each.record()}))
         else:
-            print(f"{path}\t{' '.join(text.splitlines())}")
+            print(f"{path}\t{' '.join(each.text.splitlines())}")
+    warn(left_out_summary([each.left_out for each in captions]), "--json names them")
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +122,9 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `cm3 edit`."""
     parser.add_argument("image", help="picture file; its central square is what the model sees, and changes")
     parser.add_argument("instruction", help="what to change, in quotes")
-    parser.add_argument("--out", default="edited.png", metavar="FILE", help="(default: edited.png)")
+    parser.add_argument(
+        "--out", default="edited.png", metavar="FILE", help="the picture to write (default: edited.png)"
+    )
     add_sampling(parser, guidance=True).add_argument(
         "--image-guidance-scale",
         type=float,
@@ -136,8 +154,12 @@ def add_infill_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="L,T,R,B",
         help="the part to draw anew, in pixels of the picture",
     )
-    parser.add_argument("--prompt", default="", help="what the finished picture shows (default: left open)")
-    parser.add_argument("--out", default="filled.png", metavar="FILE", help="(default: filled.png)")
+    parser.add_argument(
+        "--prompt", default="", metavar="TEXT", help="what the finished picture shows (default: left open)"
+    )
+    parser.add_argument(
+        "--out", default="filled.png", metavar="FILE", help="the picture to write (default: filled.png)"
+    )
     add_negative(add_sampling(parser, guidance=True))
     add_model(parser)
 
@@ -174,5 +196,5 @@ def _write(args: argparse.Namespace, picture: Any, settings: dict[str, Any]) -> 
     from cm3.gallery import save_image
 
     path = save_image(args.out, picture)
-    write_json(path.with_suffix(".settings.json"), {"model": args.model, **settings})
+    write_json(path.with_suffix(".settings.json"), {"model": args.model, "quantize": args.quantize, **settings})
     print(path)

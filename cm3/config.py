@@ -69,7 +69,7 @@ def load_config(config_class: type[Config], path: str | Path | None, overrides: 
     for word in overrides:
         name = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and name not in set(_names(config_class)):
-            raise ConfigError(f"unknown option --{name}{_nearest(name, config_class)}")
+            raise ConfigError(f"unknown option --{name}{_nearest(name, config_class, '--')}")
     merging, checking = config_parser(config_class), config_parser(config_class)
     merging.set_defaults(values)  # the values of defaults are taken on trust, hence the second parser
     try:
@@ -147,15 +147,16 @@ def _unknown_keys(config_class: type, values: dict[str, Any], prefix: str = "") 
                 raise ConfigError(f"{prefix}{key} is a group of settings, found {value!r}; write its keys below it")
 
 
-def _nearest(name: str, config_class: type) -> str:
-    """Return `; did you mean ...?` with the dotted field name nearest to a wrong one."""
+def _nearest(name: str, config_class: type, prefix: str = "") -> str:
+    """Return `; did you mean ...?` with the dotted field name nearest to a wrong one, written with the prefix."""
     names = list(_names(config_class))
     last_parts = [candidate.rpartition(".")[2] for candidate in names]
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     close = difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1, cutoff=0.6)
     if match or close:
-        return f"; did you mean {(match or [names[last_parts.index(close[0])]])[0]!r}?"
-    return f"; the keys are {', '.join(candidate for candidate in names if '.' not in candidate)}"
+        nearest = (match or [names[last_parts.index(close[0])]])[0]
+        return f"; did you mean {prefix + nearest if prefix else repr(nearest)}?"
+    return f"; the keys are {', '.join(prefix + candidate for candidate in names if '.' not in candidate)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from PIL import Image as PILImage
 
 from cm3.errors import RequestError
 from cm3.gallery import contact_sheet
-from cm3.generation.context import ContextDocument
+from cm3.generation.context import ContextDocument, context_record, fitted_request
 from cm3.generation.request import Request
 from cm3.generation.rerank import caption_likelihood, choose, own_likelihood
 from cm3.generation.settings import check_negative
@@ -46,12 +47,13 @@ class Drawing:
     """By ranker the scores of all candidates, in the order of their seeds; empty without ranking."""
     chosen: int = 0
     """Which of the candidates this is."""
+    left_out: tuple[ContextDocument, ...] = ()
+    """Documents that were retrieved, too, but for which the context had no room."""
 
     def record(self) -> dict[str, Any]:
         """What `settings.json` says about it."""
         entry: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed}
-        if self.retrieved:
-            entry["retrieved"] = [document.record() for document in self.retrieved]
+        entry |= context_record(self.retrieved, self.left_out)
         if self.scores:
             entry |= {"scores": {name: list(values) for name, values in self.scores.items()}, "chosen": self.chosen}
         return entry
@@ -77,7 +79,11 @@ def draw(
         raise RequestError(f"num_images={num_images}; ask for at least 1")
     if unconditional_context not in ("keep", "drop"):
         raise RequestError(f"unconditional_context={unconditional_context!r} is unknown; choose keep or drop")
+    if isinstance(prompts, str):
+        raise RequestError(f"prompts={prompts!r} is one text, draw takes a list of them; write [{prompts!r}]")
     for text in prompts:
+        if not isinstance(text, str):
+            raise RequestError(f"a prompt is {type(text).__name__}, not a text; say what to draw in words")
         if not text.strip():
             raise RequestError('the prompt is empty; say what to draw, such as "a small green star"')
     rankers, settings = check_ranking(best_of, rank), model.sampling(sampling)
@@ -85,16 +91,18 @@ def draw(
     if not prompts:
         return []
     found = model.retrieved([Document((Text(text),)) for text in prompts], retrieve)
-    requests = [
-        model.prompts.text_to_image(
+    requests, counts = [], []
+    for text, items in zip(prompts, found, strict=True):
+        make = partial(
+            model.prompts.text_to_image,
             model.tokenizer.text.encode(text),
             negative=model.pieces(negative),
-            context=[item.document for item in items],
             unconditional_context=unconditional_context,
             seeds=tuple(range(seed, seed + num_images * best_of)),
         )
-        for text, items in zip(prompts, found, strict=True)
-    ]
+        request, count = fitted_request(make, items, model.transformer.config.max_positions)
+        requests.append(request)
+        counts.append(count)
     outputs = model.engine.run(requests, settings)
     codes_NP = np.stack([model.prompts.image_codes(ids).ravel() for samples in outputs for ids in samples])
     pictures = model.tokenizer.image.decode(codes_NP)
@@ -104,8 +112,9 @@ def draw(
         number, first_seed = start // (num_images * best_of), seed + start % (num_images * best_of)
         rivals = {name: tuple(values[start : start + best_of]) for name, values in scores.items()}
         best = choose(rivals) if rivals else 0
+        retrieved, left_out = tuple(found[number][: counts[number]]), tuple(found[number][counts[number] :])
         drawings.append(
-            Drawing(pictures[start + best], prompts[number], first_seed + best, tuple(found[number]), rivals, best)
+            Drawing(pictures[start + best], prompts[number], first_seed + best, retrieved, rivals, best, left_out)
         )
     return [drawings[start : start + num_images] for start in range(0, len(drawings), num_images)]
 
@@ -147,7 +156,9 @@ def check_ranking(best_of: int, rank: str | None) -> tuple[str, ...]:
         raise RequestError(f"best_of={best_of}; ask for at least 1 candidate a picture")
     if rank is None:
         if best_of > 1:
-            raise RequestError(f"best_of={best_of} needs a ranker to choose by; set rank to {', '.join(RANKERS)}")
+            raise RequestError(
+                f"best_of={best_of} needs a ranker to choose by; give rank=NAME, one of {', '.join(RANKERS)}"
+            )
         return ()
     if rank not in RANKERS:
         raise RequestError(f"rank={rank!r} is unknown; choose one of {', '.join(RANKERS)}")
@@ -172,10 +183,9 @@ def retrieval_sheet(model: TrainedModel, samples: Sequence[Sequence[Drawing]]) -
         images, captions = [], []
         for item in found:
             segments = model.tokenizer.detokenize(item.document).segments
-            text = " ".join(part.text for part in segments if isinstance(part, Text))
             pictures = [part.pixels for part in segments if isinstance(part, Image)]
             images += pictures
-            captions += [f"{item.score:.3f} {text}"] * len(pictures)
+            captions += [f"{item.score:.3f} {item.text}"] * len(pictures)
         if images:
             rows.append((f"retrieved for: {drawings[0].prompt}", images, captions))
         rows.append((f"drawn: {drawings[0].prompt}", [drawing.image for drawing in drawings], []))

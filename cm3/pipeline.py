@@ -10,8 +10,9 @@ from PIL import Image as PILImage
 
 from cm3 import drawing
 from cm3.drawing import Drawing, RankerName
+from cm3.errors import RequestError
 from cm3.generation import captions, completion, instructions, regions
-from cm3.generation.captions import MAX_CAPTION_TOKENS
+from cm3.generation.captions import MAX_CAPTION_TOKENS, Caption
 from cm3.generation.instructions import MAX_ANSWER_TOKENS
 from cm3.generation.trained import Picture, TrainedModel
 from cm3.pretrained import DEMO
@@ -75,7 +76,8 @@ class CM3(TrainedModel):
             num_images: Pictures for each prompt.
             seed: Candidate `j` of picture `i` of a prompt is drawn with seed + i * best_of + j.
             negative: What the pictures should not show, in the place of the prompt that guidance moves away from.
-            retrieve: Documents from the memory (`use_memory`) before each prompt; 0 is none.
+            retrieve: Documents from the memory (`use_memory`) before each prompt, less the least similar where the
+                context has no room for all; 0 is none.
             unconditional_context: Whether what guidance compares with keeps these documents: "keep" overstates the
                 prompt alone, "drop" the prompt and the documents.
             best_of: Candidates for each picture, of which the best by `rank` is kept; 1 is no ranking.
@@ -121,7 +123,8 @@ class CM3(TrainedModel):
         Args:
             image: One picture or several; each is cropped to its central square and resized.
             seed: Seed of each caption.
-            retrieve: Documents from the memory (`use_memory`) before each picture; 0 is none.
+            retrieve: Documents from the memory (`use_memory`) before each picture, less the least similar where
+                the context has no room for all; 0 is none.
             sampling: Fields of `SamplingSettings`; the likeliest tokens are taken where no temperature is given, and
                 guidance is off.
 
@@ -132,8 +135,21 @@ class CM3(TrainedModel):
             RequestError: a picture is missing or broken.
         """
         images = [image] if isinstance(image, Picture) else list(image)
-        texts = captions.caption(self, images, seed=seed, retrieve=retrieve, sampling=sampling)
+        texts = [each.text for each in self.describe(images, seed=seed, retrieve=retrieve, **sampling)]
         return texts[0] if isinstance(image, Picture) else texts
+
+    def describe(
+        self, images: Sequence[Picture], *, seed: int = 0, retrieve: int = 0, **sampling: Any
+    ) -> list[Caption]:
+        """Describe pictures as `caption` does, and tell which documents were retrieved for each.
+
+        Args:
+            images: The pictures.
+            seed: As in `caption`, as are the others.
+        """
+        if isinstance(images, Picture):
+            raise RequestError(f"images is one {type(images).__name__}, describe takes a list of pictures")
+        return captions.describe(self, images, seed=seed, retrieve=retrieve, sampling=sampling)
 
     def instruct(
         self,

@@ -57,12 +57,20 @@ def resolve_model(name: str | Path, *, revision: str | None = None, token: str |
 
 def _check_type(folder: Path) -> None:
     if not (folder / CONFIG_FILE).is_file():
-        raise ModelFilesError(
-            f"{folder} has no {CONFIG_FILE}, so it is no model folder; give one that `cm3 train` or save_pretrained"
-            " wrote"
-        )
+        raise ModelFilesError(f"{folder} has no {CONFIG_FILE}, so it is no model folder; {_instead(folder)}")
     found = read_json(folder / CONFIG_FILE).get("model_type")
     if found != MODEL_TYPE:
         raise ModelFilesError(
             f"{folder} holds a model of type {found!r}, this code runs {MODEL_TYPE!r}; choose another"
         )
+
+
+def _instead(folder: Path) -> str:
+    """What to give in the place of a folder without a model: the parts of a run lie in folders of its own."""
+    if (folder / "model" / CONFIG_FILE).is_file():
+        return f"it is the folder of a run, whose model is {folder / 'model'}: give that"
+    if (folder / "adapter").is_dir():
+        return f"it is the folder of a run that trained an adapter: give its model, and {folder / 'adapter'} as adapter"
+    if (folder / "checkpoints").is_dir():
+        return f"it is the folder of a run that has not ended: `cm3 export {folder} --out FOLDER` makes a model of it"
+    return "give one that `cm3 train`, `cm3 export` or save_pretrained wrote"

@@ -30,7 +30,7 @@ from cm3.interop.chameleon_generate import generate_settings
 from cm3.model.config import ModelConfig, parameter_count
 from cm3.tokenizers.vocabulary import Vocabulary
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "int8"]
 
 GENERATE_SIZES = ("small", "100m", *(size for size in SIZES if size != "demo"))
 """`small` is for tests; the others are those of `cm3.eval.bench_shapes`."""
@@ -54,7 +54,7 @@ class GenerateBench:
     guidance: tuple[float, ...] = (1.0, 3.0)
     """Weights of classifier-free guidance; 1 is off."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    """Number formats of weights and cache."""
+    """Number formats of weights and cache. int8 is ours alone: the weights of blocks have 8 bits, all else is bf16."""
     repeats: int = 3
     """Of which the median is reported."""
     compile: bool = False
@@ -143,16 +143,16 @@ def random_prompts(batch: int, longest: int, vocabulary: Vocabulary, seed: int) 
 
 def bytes_of_step(config: ModelConfig, vocabulary: Vocabulary, case: Case) -> float:
     """Bytes that a step of a case must read on average: weights once, and the filled cache of every row."""
-    size = 4 if case.precision == "fp32" else 2
+    block_size, size = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2)}[case.precision]
     heads = 2 - config.tie_embeddings
     blocks = parameter_count(config) - heads * config.vocabulary_size * config.width
-    weights = blocks + vocabulary.image_range.size * config.width
+    head = vocabulary.image_range.size * config.width
     prompts = list(case.prompts)
     if case.guidance_scale != 1:
         prompts += [case.unconditional] * len(case.prompts)
     slots = sum(len(prompt) + (case.new_tokens - 1) / 2 for prompt in prompts)
     per_slot = 2 * config.num_layers * config.key_value_heads * config.head_width
-    return size * (weights + slots * per_slot)
+    return block_size * blocks + size * (head + slots * per_slot)
 
 
 def measure(config: GenerateBench) -> Iterator[GenerateCost]:
@@ -162,7 +162,7 @@ def measure(config: GenerateBench) -> Iterator[GenerateCost]:
     model, vocabulary = config.model()
     for precision in config.precisions:
         sides: dict[Side, list[str]] = {"ours": ["engine, compiled" if config.compile else "engine"]}
-        if has_transformers():
+        if has_transformers() and precision != "int8":
             sides["transformers"] = []
         workers = {}
         for side in sides:
@@ -221,6 +221,9 @@ def table(config: GenerateBench, costs: Iterable[GenerateCost]) -> Iterator[str]
         )
     yield ""
     for (precision, batch, scale), found in speed.items():
+        plain = speed.get(("bf16", batch, scale))
+        if precision == "int8" and plain:
+            yield f"int8, batch {batch}, guidance {scale:g}: {found['ours'] / plain['ours']:.2f} times those of bf16"
         if "transformers" in found:
             ratio = found["ours"] / found["transformers"]
             yield f"{precision}, batch {batch}, guidance {scale:g}: {ratio:.2f} times the tokens/s of transformers"

@@ -16,6 +16,7 @@ from cm3.generation.request import Request
 from cm3.generation.settings import SamplingSettings
 from cm3.interop.chameleon_generate import foreign_copy, foreign_generate
 from cm3.model.config import ModelConfig
+from cm3.model.quantized import quantize_blocks
 from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
 
@@ -33,7 +34,8 @@ class Case:
     """Of every prompt."""
     guidance_scale: float
     """1 is off."""
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "int8"]
+    """int8: the blocks of ours have weights of 8 bits, all else is bf16."""
     seed: int
 
 
@@ -61,7 +63,9 @@ def load_side(
     torch.manual_seed(seed)
     with device:
         model = Transformer(config).eval()
-    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if precision == "int8":
+        quantize_blocks(model)
+    model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
     if side == "ours":
         engine = Engine(model, vocabulary, compile=compile)
         _held["serve"] = lambda case, setting: serve_ours(engine, case)

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out documents: bits per image code and per byte of text."""
+"""How well a model predicts held-out documents: bits per image code, and per id and byte of text."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ class Likelihood:
         start = time.monotonic()
         documents = self.pairs.open()
         image_range = model.tokenizer.vocabulary.image_range
-        text_bits, image_bits, text_bytes, image_codes = [], [], [], []
+        text_bits, image_bits, text_ids, text_bytes, image_codes = [], [], [], [], []
         for document, tokenized in zip(documents, model.tokenizer.tokenize(documents), strict=True):
             ids_BT = torch.as_tensor(model.tokenizer.to_ids(tokenized), device=model.device)[None]
             out = next_token_loss(model.transformer, ids_BT, image_range=(image_range.start, image_range.stop))
             text_bits.append(float(out.text_loss_sum) / math.log(2))
             image_bits.append(float(out.image_loss_sum) / math.log(2))
+            text_ids.append(int(out.text_count))
             text_bytes.append(len(caption_of(document).encode()))
             image_codes.append(int(out.image_count))
         metrics: dict[str, Estimate] = {}
         for group, members in self.pairs.groups(documents):
             for name, bits, units in (
                 ("bits per image code", image_bits, image_codes),
+                ("bits per text id", text_bits, text_ids),
                 ("bits per byte of text", text_bits, text_bytes),
             ):
                 metrics[f"{name}, {group}"] = ratio([bits[i] for i in members], [units[i] for i in members])

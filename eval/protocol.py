@@ -56,6 +56,8 @@ class Protocol:
     """What the intervals are."""
     model_hash: str = ""
     """SHA-256 of the model's weights."""
+    precision: str = ""
+    """Number format of its weights, see `TrainedModel.precision`."""
     tokenizer_hash: str = ""
     """SHA-256 of its tokenizers."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +83,7 @@ def protocol(model: CM3, prompts: Iterable[str] | None = None, **parts: Any) -> 
         parts |= {"prompts": fingerprint(prompts), "num_prompts": len(prompts)}
     return Protocol(
         model_hash=model.hash,
+        precision=model.precision,
         tokenizer_hash=model.tokenizer.hash,
         versions=versions(),
         **parts,

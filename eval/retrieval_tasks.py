@@ -14,6 +14,7 @@ import torch
 
 from cm3.data.scene_captions import StatedObject
 from cm3.data.scene_world import SceneObject
+from cm3.drawing import Drawing
 from cm3.errors import ConfigError
 from cm3.eval.document_tasks import PairSet, caption_of, square_of
 from cm3.eval.protocol import BOOTSTRAP, WILSON, protocol
@@ -48,7 +49,7 @@ class RetrievedLikelihood:
         tokenized = model.tokenizer.tokenize(documents)
         finder = ContextFinder(
             self.memory,
-            model.tokenizer.hash,
+            model.tokenizer,
             encoder=None,
             device=str(model.device),
             max_similarity=self.max_similarity,
@@ -133,6 +134,7 @@ class RetrievedSceneGeneration:
                 batch = examples[first : first + self.batch_size]
                 captions = [example.caption for example in batch]
                 drawings = model.draw(captions, seed=self.scenes.seed, retrieve=count, **sampling)
+                require_all_documents(drawings, count)
                 for drawn, example in zip(drawings, batch, strict=True):
                     scene = read_scene(drawn[0].image)
                     scores.append(matches(scene, example.statement))
@@ -159,6 +161,12 @@ class RetrievedSceneGeneration:
 
 def _kinds(objects: Iterable[SceneObject | StatedObject]) -> Counter[tuple[str, str]]:
     return Counter((item.shape, item.color) for item in objects)
+
+
+def require_all_documents(drawings: Sequence[Sequence[Drawing]], count: int) -> None:
+    """Raise ConfigError where the context had no room for all documents: the figure would be of fewer of them."""
+    if any(drawing.left_out for drawn in drawings for drawing in drawn):
+        raise ConfigError(f"documents={count} do not fit the model's context behind every caption; compare fewer")
 
 
 def mean_score(memory: str, found: Sequence[Sequence[ContextDocument]]) -> float:

@@ -16,11 +16,11 @@ from cm3.eval.document_tasks import ALL, PairSet, caption_of, picture_of
 from cm3.eval.matching import chance_of_recall, nearer_than_others, own_ranks, recall
 from cm3.eval.protocol import NORMAL, WILSON, protocol
 from cm3.eval.report import Estimate, TaskResult, share
-from cm3.eval.retrieval_tasks import mean_score
+from cm3.eval.retrieval_tasks import mean_score, require_all_documents
 from cm3.gallery import contact_sheet
 from cm3.generation.context import ContextDocument
 from cm3.pipeline import CM3
-from cm3.tokenizers.document import Document, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.document import Document, Image, ImageCodes, Text, TokenizedDocument
 
 Contexts = Sequence[Sequence[ContextDocument]]
 """The documents retrieved for each caption."""
@@ -95,7 +95,7 @@ class RetrievedPictureMatching:
                     metrics[f"recall@{k}, {name}, {group}"] = recall(own, k)
                     chance.setdefault(f"recall@{k}, {group}", round(chance_of_recall(own, k), 4))
         if self.subject_column:
-            named = named_by(model, found, [str(document.metadata[self.subject_column]) for document in documents])
+            named = named_by(found, [str(document.metadata[self.subject_column]) for document in documents])
             for count in self.documents:
                 if count:
                     metrics[f"subject named by one of {count} documents"] = share(any(row[:count]) for row in named)
@@ -132,7 +132,7 @@ class RetrievedPictureMatching:
     def _draw(self, model: CM3, documents: Sequence[Document], count: int) -> list[PILImage.Image]:
         drawn: list[PILImage.Image] = []
         for first in range(0, len(documents), self.batch_size):
-            samples = model.generate(
+            samples = model.draw(
                 [caption_of(document) for document in documents[first : first + self.batch_size]],
                 seed=self.seed,
                 retrieve=count,
@@ -140,7 +140,8 @@ class RetrievedPictureMatching:
                 guidance_scale=self.guidance_scale,
                 temperature=self.temperature,
             )
-            drawn += [pictures[0] for pictures in samples]
+            require_all_documents(samples, count)
+            drawn += [drawings[0].image for drawings in samples]
         return drawn
 
     def _sheet(
@@ -155,7 +156,7 @@ class RetrievedPictureMatching:
         for number in np.linspace(0, len(documents) - 1, min(_SHEET_ROWS, len(documents))).round().astype(int).tolist():
             entries = [("original, not given", picture_of(documents[number]))]
             for item in found[number]:
-                entries += [(f"found: {_text(model, item)}", picture) for picture in _pictures(model, [item])]
+                entries += [(f"found: {item.text}", picture) for picture in _pictures(model, [item])]
             entries += [(f"drawn, {count} documents", shown[f"{count} documents"][number]) for count in self.documents]
             below, pictures = zip(*entries, strict=True)
             rows.append((caption_of(documents[number]), pictures, below))
@@ -175,9 +176,9 @@ def refuse_originals(
                 )
 
 
-def named_by(model: CM3, found: Contexts, names: Sequence[str]) -> list[list[bool]]:
+def named_by(found: Contexts, names: Sequence[str]) -> list[list[bool]]:
     """For each caption, of each of its documents whether its text holds the caption's name as whole words."""
-    return [[_names(_text(model, item), name) for item in items] for items, name in zip(found, names, strict=True)]
+    return [[_names(item.text, name) for item in items] for items, name in zip(found, names, strict=True)]
 
 
 def _names(text: str, name: str) -> bool:
@@ -186,11 +187,6 @@ def _names(text: str, name: str) -> bool:
 
 def _codes(document: TokenizedDocument) -> list[ImageCodes]:
     return [part for part in document.segments if isinstance(part, ImageCodes)]
-
-
-def _text(model: CM3, item: ContextDocument) -> str:
-    parts = [part for part in item.document.segments if isinstance(part, TextTokens)]
-    return " ".join(model.tokenizer.text.decode(part.tokens.tolist()) for part in parts)
 
 
 def _pictures(model: CM3, items: Sequence[ContextDocument]) -> list[PILImage.Image]:

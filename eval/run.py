@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from cm3.config import load_config, to_dict
+from cm3.config import STAGE_KEY, load_config, read_yaml, to_dict
 from cm3.errors import ConfigError
 from cm3.eval.compositional_task import CompositionalGeneration, DpgPictures, GenEvalPictures
 from cm3.eval.decoding_tasks import DecodingStudy, PairDecodingStudy
@@ -21,6 +22,7 @@ from cm3.eval.retrieval_tasks import RetrievedLikelihood, RetrievedSceneGenerati
 from cm3.eval.retrieved_pictures import RetrievedPictureMatching
 from cm3.eval.scene_tasks import SceneCaptioning, SceneGeneration, SceneInfilling, SceneReconstruction
 from cm3.eval.vqa_task import VisualQuestions
+from cm3.model.quantized import Quantization
 from cm3.pipeline import CM3
 
 
@@ -30,6 +32,8 @@ class EvalRun:
 
     model: str = "demo"
     """Model folder, Hub name, or `demo`."""
+    quantize: Quantization | None = None
+    """int8: round the weights of all blocks to 8 bits; null keeps them as they are."""
     output: str
     """Folder for results.json and results.md."""
     scene_reconstruction: SceneReconstruction | None = None
@@ -82,25 +86,40 @@ class EvalRun:
     """The same on any captioned pictures."""
 
 
+def load_evaluation(config_path: str, overrides: Sequence[str] = ()) -> EvalRun:
+    """Read an evaluation config.
+
+    Raises:
+        ConfigError: the config has no task, or is one of training.
+    """
+    stage = read_yaml(config_path).get(STAGE_KEY)
+    if stage is not None:
+        verb = "prepare" if stage == "prepare" else "train"
+        raise ConfigError(f"{config_path} says {STAGE_KEY}: {stage}, so it is no evaluation; `cm3 {verb}` runs it")
+    config = load_config(EvalRun, config_path, overrides)
+    if not tasks_of(config):
+        raise ConfigError(
+            f"{config_path} names no task; add one of the keys of EvalRun, such as scene_generation: {{}}"
+        )
+    return config
+
+
+def tasks_of(config: EvalRun) -> dict[str, Any]:
+    """The tasks of an evaluation by their names, less those that are left out."""
+    names = [field.name for field in fields(config) if field.name not in ("model", "quantize", "output")]
+    return {name: task for name in names if (task := getattr(config, name))}
+
+
 def evaluate(config_path: str, overrides: Sequence[str] = ()) -> str:
     """Run an evaluation config and return its table of results in Markdown.
 
     Raises:
-        ConfigError: for a config without a task.
+        ConfigError: as `load_evaluation`.
     """
-    config = load_config(EvalRun, config_path, overrides)
-    tasks = [
-        task
-        for field in fields(config)
-        if field.name not in ("model", "output") and (task := getattr(config, field.name))
-    ]
-    if not tasks:
-        raise ConfigError(
-            f"{config_path} names no task; add one of the keys of EvalRun, such as scene_generation: {{}}"
-        )
-    model = CM3.from_pretrained(config.model)
+    config = load_evaluation(config_path, overrides)
+    model = CM3.from_pretrained(config.model, quantize=config.quantize)
     results = []
-    for task in tasks:
+    for task in tasks_of(config).values():
         print(f"running {type(task).__name__} ...", flush=True)
         results.append(task.run(model))
     header = {"config": to_dict(config), "model_hash": model.hash, "tokenizer_hash": model.tokenizer.hash}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_retrieval import CAPTIONS
 
 from cm3.cli import VERBS, main
 
@@ -85,6 +86,32 @@ def test_answer_prints_words_and_edit_writes_a_picture(model_folder, tmp_path, c
     assert run(capsys, *words)[0] == 0 and Image.open(edited).tobytes() != both
 
 
+def test_documents_are_on_record_and_what_does_not_fit_is_left_out(model_folder, retrieval_folder, tmp_path, capsys):
+    memory = ("--memory", retrieval_folder / "memory", "--model", model_folder)
+    words = ("caption", retrieval_folder / "7.png", "--json", *memory)
+    code, printed, warnings = run(capsys, *words, "--retrieve", 2)
+    record = json.loads(printed)
+    assert (code, warnings) == (0, "") and set(record) == {"path", "caption", "retrieved"}
+    assert [document["text"] for document in record["retrieved"]] == [
+        CAPTIONS[document["row"]] for document in record["retrieved"]
+    ]
+    first, second = (document["score"] for document in record["retrieved"])
+    assert first >= second
+    code, printed, warnings = run(capsys, *words, "--retrieve", 20)
+    fitting, left_out = (json.loads(printed)[name] for name in ("retrieved", "left_out"))
+    assert code == 0 and fitting[:2] == record["retrieved"] and 2 <= len(fitting) < len(fitting + left_out) == 20
+    end = "requests and were left out, the least similar first; --json names them\n"
+    assert warnings == f"warning: {len(left_out)} retrieved documents did not fit the context of 1 of 1 {end}"
+
+    words = ("generate", "a red star", "a blue box", "--num-images", 2, "--retrieve", 20, "--out", tmp_path, *memory)
+    code, _, warnings = run(capsys, *words)
+    images = json.loads((tmp_path / "settings.json").read_text())["images"]
+    assert code == 0 and [len(entry["retrieved"] + entry["left_out"]) for entry in images] == [20] * 4
+    count = len(images[0]["left_out"] + images[2]["left_out"])
+    assert warnings.startswith(f"warning: {count} retrieved documents did not fit the context of 2 of 2 requests")
+    assert warnings.endswith("; settings.json names them\n") and warnings.count("\n") == 1
+
+
 def test_generate_says_how_it_ranked_and_sampled(model_folder, tmp_path, capsys):
     ranking = ("--best-of", 3, "--rank", "likelihood", "--seed", 7)
     sampling = ("--sampler", "mixed", "--negative", "a blue square", "--guidance-interval", "0,0.5", "--contrast-k", 4)
@@ -112,12 +139,17 @@ def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
     ("words", "message"),
     [
         (["generate", ""], "prompt is empty"),
-        (["generate", "a star", "--num-images", "0"], "num_images=0"),
+        (["generate", "a star", "--num-images", "0"], "error: --num-images 0; ask for at least 1"),
         (["generate", "a star " * 200], "positions"),
-        (["generate", "a star", "--best-of", "2"], "best_of=2 needs a ranker"),
+        (["generate", "a star", "--best-of", "2"], "--best-of 2 needs a ranker to choose by; give --rank NAME, one of"),
+        (["generate", "a star", "--guidance-scale", "-1"], "--guidance-scale -1.0 cannot be used; choose"),
+        (["generate", "a star", "--guidance-interval", "0.5,0.5"], "--guidance-interval 0.5,0.5 cannot be used"),
         (["generate", "a star", "--retrieve", "1"], "needs a memory"),
         (["generate", "a star", "--retrieve", "1", "--memory", "missing"], "missing holds no finished memory"),
-        (["generate", "a star", "--negative", "a box", "--guidance-scale", "1"], "has no effect"),
+        (
+            ["generate", "a star", "--negative", "a box", "--guidance-scale", "1"],
+            "--negative 'a box' has no effect at --guidance-scale 1; raise --guidance-scale, or choose --sampler cd-k",
+        ),
         (["generate", "a star", "--out", "{picture}"], "is no folder; choose another --out"),
         (["infill", "{picture}", "--box", "4,4,8,8", "--out", "{picture}/a.png"], "is no folder"),
         (["caption", "missing.png"], "missing.png"),
@@ -128,9 +160,10 @@ def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
         (["answer", "{picture}", " "], "the question of row 0 is empty"),
         (["answer", "{picture}", "How many? " * 100], "positions"),
         (["edit", "{picture}", ""], "the instruction of row 0 is empty"),
-        (["edit", "{picture}", "make it red", "--image-guidance-scale", "-1"], "image_guidance_scale=-1"),
+        (["edit", "{picture}", "make it red", "--image-guidance-scale", "-1"], "--image-guidance-scale -1.0 cannot"),
         (["edit", "{picture}", "make it red", "--out", "edited.jpg"], ".png"),
         (["train", "missing.yaml"], "missing.yaml"),
+        (["train", str(CONFIGS / "demo" / "model.yaml"), "--seed", "-1"], "seed=-1; choose 0 to 2147483647"),
     ],
 )
 def test_refusals_are_one_line_and_exit_2(model_folder, tmp_path, capsys, words, message):
@@ -154,6 +187,8 @@ def test_an_unknown_model_is_refused(capsys):
         (["generate", "a star", "--guidance-interval", "0.5"], "START,STOP"),
         (["answer", "photo.png"], "question"),
         (["edit", "photo.png", "make it red", "--image-guidance-scale", "much"], "--image-guidance-scale"),
+        (["generate", "a star", "--seed", "-1"], "'-1' is no seed; choose a whole number of 0 or more"),
+        (["bench", "index", "--seed", "one"], "'one' is no seed"),
     ],
 )
 def test_a_box_or_an_interval_that_is_none_is_refused(capsys, words, message):
@@ -168,7 +203,7 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])
     assert stopped.value.code == 0
-    assert f"example: cm3 {verb}" in " ".join(capsys.readouterr().out.split())
+    assert f"example:\n  cm3 {verb} " in capsys.readouterr().out
 
 
 def test_help_needs_no_torch():

@@ -80,7 +80,7 @@ def test_round_trip(path):
         (
             "steps: 1",
             ["--learning_rat", "1"],
-            "unknown option --learning_rat; did you mean '(inner|other).learning_rate'",
+            "unknown option --learning_rat; did you mean --(inner|other).learning_rate",
         ),
         ("steps: many", [], "steps.*many"),
         ("steps: 1\nmode: medium", [], "mode.*medium"),

@@ -21,7 +21,7 @@ from cm3.pipeline import CM3
 from cm3.retrieval.encoder import open_encoder
 from cm3.retrieval.memory import Memory
 from cm3.retrieval.search import search
-from cm3.tokenizers.document import Document, DocumentTokenizer
+from cm3.tokenizers.document import Document, DocumentTokenizer, Text
 from cm3.tokenizers.document import Image as ImageSegment
 from cm3.tokenizers.vocabulary import Vocabulary
 
@@ -161,6 +161,53 @@ def test_retrieved_documents_stand_before_the_prompt(model, plain, memory):
     assert pixels(model.generate(PROMPTS[0], seed=5, retrieve=2)[0]) == pixels(lists[0][0].image)
 
 
+def test_documents_that_do_not_fit_are_left_out_of_their_own_prompt_alone(model):
+    prompts = ["a red star", "a large red circle left of a small blue square on navy " * 2]
+    lists = model.draw(prompts, seed=5, retrieve=20)
+    found = model.retrieved([Document((Text(prompt),)) for prompt in prompts], 20)
+    counts = []
+    for prompt, (drawing,), items in zip(prompts, lists, found):
+        assert [item.row for item in (*drawing.retrieved, *drawing.left_out)] == [item.row for item in items]
+        counts.append(len(drawing.retrieved))
+        pieces = model.tokenizer.text.encode(prompt)
+        contexts = [[item.document for item in items[: counts[-1] + more]] for more in (0, 1)]
+        fits, exceeds = (prompts_of(model).text_to_image(pieces, context=context) for context in contexts)
+        assert len(fits.prompt_ids) + 16 <= 128 < len(exceeds.prompt_ids) + 16  # codes of a picture, positions
+        record = drawing.record()
+        assert [entry["row"] for entry in record["left_out"]] == [item.row for item in items[counts[-1] :]]
+    assert counts[0] > counts[1] > 0
+    for prompt, pictures, count in zip(prompts, drawn(lists), counts):
+        assert drawn(model.draw([prompt], seed=5, retrieve=count)) == [pictures]
+    with pytest.raises(RequestError, match="128 positions: shorten the prompt"):
+        model.draw(["a star " * 200], retrieve=2)
+
+
+def test_captions_leave_documents_out_rather_than_words(model, retrieval_folder):
+    picture = retrieval_folder / "0.png"
+    (caption,) = model.describe([picture], retrieve=20)
+    count = len(caption.retrieved)
+    assert 0 < count < 20 == count + len(caption.left_out)
+    assert model.describe([picture], retrieve=count)[0].text == caption.text == model.caption(picture, retrieve=20)
+    codes_HW = model.encode([model.square(picture)])[0]
+    contexts = [[item.document for item in (*caption.retrieved, *caption.left_out[:more])] for more in (0, 1)]
+    lengths = [
+        len(prompts_of(model).infill_text([], [], codes_HW, context=context, max_new_tokens=32).prompt_ids)
+        for context in contexts
+    ]
+    assert lengths[0] + 32 <= 128 < lengths[1] + 32
+
+
+def test_one_text_is_no_list_of_prompts(model):
+    with pytest.raises(
+        RequestError, match=r"prompts='a star' is one text, draw takes a list of them; write \['a star'"
+    ):
+        model.draw("a star")
+    with pytest.raises(RequestError, match="a prompt is int, not a text"):
+        model.generate(["a star", 3])
+    with pytest.raises(RequestError, match="images is one str, describe takes a list"):
+        model.describe("photo.png")
+
+
 def test_guidance_compares_with_or_without_the_documents(model):
     settings = {"seed": 5, "retrieve": 2, "guidance_scale": 3.0}
     kept, dropped = (
@@ -178,6 +225,7 @@ def test_what_was_retrieved_is_on_record(model):
     record = json.loads(json.dumps(drawing.record()))
     (document,) = record.pop("retrieved")
     assert record == {"prompt": PROMPTS[0], "seed": 0}
+    assert document["text"] == CAPTIONS[document["row"]] == drawing.retrieved[0].text
     assert document["row"] == drawing.retrieved[0].row
     assert document["name"].endswith(f"rows.jsonl:{document['row'] + 1}")
     assert document["score"] == pytest.approx(drawing.retrieved[0].score, abs=1e-4)
@@ -212,9 +260,7 @@ def test_a_copy_of_the_request_is_searched_but_not_retrieved(model, memory, retr
 def test_captions_take_documents_for_their_pictures(model, retrieval_folder):
     picture = Image.open(retrieval_folder / "7.png")
     captions = model.caption([picture, picture], retrieve=2)
-    finder = ContextFinder(
-        retrieval_folder / "memory", model.tokenizer.hash, encoder=None, device="cpu", max_similarity=0.9
-    )
+    finder = ContextFinder(retrieval_folder / "memory", model.tokenizer, encoder=None, device="cpu", max_similarity=0.9)
     (found,) = finder.find([Document((ImageSegment(picture),))], 2)
     assert len(found) == 2 and 7 not in [item.row for item in found]  # that is the picture itself
     codes_HW = model.tokenizer.image.encode([picture]).reshape(model.tokenizer.image.grid)
@@ -237,7 +283,6 @@ def test_captions_take_documents_for_their_pictures(model, retrieval_folder):
         ({"best_of": 2, "rank": "clip", "ranker": "./nowhere"}, "encoder './nowhere' is no folder"),
         ({"retrieve": -1}, "retrieve=-1"),
         ({"unconditional_context": "none"}, "unconditional_context='none' is unknown; choose keep or drop"),
-        ({"retrieve": 20}, "128 positions.*retrieve fewer documents"),
         ({"negative": "a star", "guidance_scale": 1.0}, "negative='a star' has no effect at guidance_scale=1"),
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval"),
     ],
@@ -252,8 +297,6 @@ def test_a_memory_must_be_there_and_fit(plain, model, retrieval_folder, tmp_path
     for call in (plain.generate, plain.caption):
         with pytest.raises(RequestError, match="retrieve=1 needs a memory"):
             call(retrieval_folder / "0.png" if call == plain.caption else "a star", retrieve=1)
-    with pytest.raises(RequestError, match="retrieve fewer documents"):
-        model.caption(retrieval_folder / "0.png", retrieve=20)
     with pytest.raises(ModelFilesError, match="holds no finished memory"):
         plain.use_memory(tmp_path)
     source = open_source(SourceConfig(kind="jsonl", path=str(retrieval_folder / "rows.jsonl"), limit=3))

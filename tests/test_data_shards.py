@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from cm3.data.shards import ShardedDocuments, read_shard_metadata, shard_path, write_index, write_shard
 from cm3.errors import DataError
-from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument, document_to_ids
+from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import document_to_ids
 from cm3.tokenizers.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(text_size=300, image_codes=256, num_sentinels=8)

@@ -1,6 +1,7 @@
 """`cm3 bench generate` at its smallest size: both sides make the same thing, and what is counted and printed."""
 
 import math
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -128,7 +129,11 @@ def test_bytes_of_a_step_by_hand():
     slot = 2 * 2 * 32  # keys and values, two layers
     assert bytes_of_step(CONFIG, VOCABULARY, case) == 4 * (weights + slot * (3 + 2 + 1 + 2))
     guided = replace(case, guidance_scale=2.0, precision="bf16")
-    assert bytes_of_step(CONFIG, VOCABULARY, guided) == 2 * (weights + slot * (3 + 2 + 1 + 2 + 2 * (2 + 2)))
+    slots = 3 + 2 + 1 + 2 + 2 * (2 + 2)
+    assert bytes_of_step(CONFIG, VOCABULARY, guided) == 2 * (weights + slot * slots)
+    head = 24 * 32
+    rounded = replace(guided, precision="int8")
+    assert bytes_of_step(CONFIG, VOCABULARY, rounded) == weights - head + 2 * (head + slot * slots)
 
 
 COST = GenerateCost(
@@ -149,6 +154,28 @@ def test_the_table_and_the_ratio():
     assert lines[4] == "| fp32 | 3 | 3 | ours | engine | 18.0 | 100.0 | 200.00 | 1.500 | 75 |"
     assert [line.count("|") for line in lines[2:6]] == [11] * 4
     assert lines[7] == "fp32, batch 3, guidance 3: 2.50 times the tokens/s of transformers"
+
+
+class InProcess:
+    """What is wanted of `ProcessPoolExecutor`, without another process."""
+
+    def __init__(self, *_):
+        self.shutdown = lambda: None
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def test_int8_is_measured_on_our_side_alone_and_compared_with_bf16(monkeypatch):
+    monkeypatch.setattr(generate_bench, "ProcessPoolExecutor", InProcess)
+    config = replace(SMALL, precisions=("int8",))
+    (cost,) = measure(config)
+    assert (cost.side, cost.case.precision) == ("ours", "int8") and cost.seconds > 0
+    bf16 = replace(COST, case=replace(COST.case, precision="bf16"))
+    int8 = replace(COST, case=replace(COST.case, precision="int8"), seconds=0.25)
+    assert "int8, batch 3, guidance 3: 2.00 times those of bf16" in list(table(config, [bf16, int8]))
 
 
 def test_the_command_measures_both_sides_in_turn(capsys):
@@ -199,7 +226,7 @@ def test_impossible_settings_are_refused(capsys):
     with pytest.raises(ConfigError, match=r"batches=\(1, 0\); choose 1 or more of them"):
         GenerateBench(batches=(1, 0))
     assert main(["bench", "generate", "--new-tokens", "1"]) == 2
-    assert capsys.readouterr().err == "error: new_tokens=1; choose 2 or more\n"
+    assert capsys.readouterr().err == "error: --new-tokens 1; choose 2 or more\n"
 
 
 def test_the_default_has_about_a_hundred_million_parameters():

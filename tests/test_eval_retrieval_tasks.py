@@ -91,6 +91,14 @@ def test_a_row_of_the_memory_is_not_found_for_itself(model, memory, monkeypatch)
         assert items and items[0].document.metadata["row"] != request.metadata["row"]
 
 
+def test_generation_behind_fewer_documents_than_named_is_refused(model, memory):
+    task = RetrievedSceneGeneration(
+        scenes=SceneSet(split="novel", size=2), memory=memory, documents=(12,), max_similarity=1.0
+    )
+    with pytest.raises(ConfigError, match="documents=12 do not fit the model's context behind every caption"):
+        task.run(model)
+
+
 def test_generation_is_graded_for_each_number_of_documents(model, memory):
     task = RetrievedSceneGeneration(scenes=SceneSet(split="novel", size=2), memory=memory, documents=(0, 1))
     result = task.run(model)

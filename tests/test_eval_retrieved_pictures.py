@@ -8,6 +8,7 @@ from PIL import Image as PILImage
 from tiny_retrieval import CAPTIONS
 
 from cm3.data.sources import SourceConfig, open_source
+from cm3.drawing import Drawing
 from cm3.errors import ConfigError, DataError
 from cm3.eval.document_tasks import PairSet
 from cm3.eval.retrieved_pictures import RetrievedPictureMatching, named_by
@@ -73,9 +74,9 @@ def test_the_figures_follow_the_drawings(model, split, monkeypatch):
         retrieved.append(retrieve)
         places = [CAPTIONS.index(caption) for caption in captions]
         swap = {ASKED[n]: originals[n if retrieve else (n + 2) % 4] for n in range(4)}
-        return [[swap[place]] for place in places]
+        return [[Drawing(swap[place], CAPTIONS[place], seed=0)] for place in places]
 
-    monkeypatch.setattr(CM3, "generate", shifted)
+    monkeypatch.setattr(CM3, "draw", shifted)
     metrics = task(split, documents=(0, 1), batch_size=3).run(model).metrics
     assert retrieved == [0, 0, 1, 1]
     assert metrics["nearer to its original than to another, 1 documents, all"].value == 1
@@ -106,7 +107,7 @@ def test_a_subject_is_named_where_a_text_holds_its_name(model, split):
         " ".join(part.text for part in model.tokenizer.detokenize(item.document).segments[:1]) for item in found[0]
     ]
     colors = [text.split()[1] for text in texts]
-    first, second = named_by(model, found, [colors[0].upper(), "a shape that is not there"])
+    first, second = named_by(found, [colors[0].upper(), "a shape that is not there"])
     assert first == [color == colors[0] for color in colors] and first[0]
     assert second == [False] * 3
-    assert not any(named_by(model, found, [colors[0][:-1]] * 2)[0]), "a part of a word names nothing"
+    assert not any(named_by(found, [colors[0][:-1]] * 2)[0]), "a part of a word names nothing"

@@ -117,7 +117,14 @@ def test_task_runs_and_repeats_itself(name, model, rows):
 
 
 def test_every_task_of_an_evaluation_is_tested_here():
-    assert {field.name for field in fields(EvalRun)} == {"model", "output", *TASKS, *TESTED_BELOW, *TESTED_ELSEWHERE}
+    assert {field.name for field in fields(EvalRun)} == {
+        "model",
+        "quantize",
+        "output",
+        *TASKS,
+        *TESTED_BELOW,
+        *TESTED_ELSEWHERE,
+    }
 
 
 def test_compositional_overall_is_the_mean_of_six_categories(model):

@@ -19,7 +19,8 @@ from cm3.generation.settings import SamplingSettings
 from cm3.model.config import ModelConfig
 from cm3.model.objective import unmask
 from cm3.model.transformer import Transformer
-from cm3.tokenizers.document import ImageCodes, TextTokens, document_from_ids
+from cm3.tokenizers.document import ImageCodes, TextTokens
+from cm3.tokenizers.document_ids import document_from_ids
 from cm3.tokenizers.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(40, 24, num_sentinels=16, multiple=8)

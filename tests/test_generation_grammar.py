@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from cm3.generation import grammar
 from cm3.generation.grammar import END, After, GrammarTables, Kind, Span, id_kinds
 from cm3.model.objective import unmask
-from cm3.tokenizers.document import ImageCodes, TextTokens, document_from_ids
+from cm3.tokenizers.document import ImageCodes, TextTokens
+from cm3.tokenizers.document_ids import document_from_ids
 from cm3.tokenizers.layout import Layout
 from cm3.tokenizers.vocabulary import IdRange, Vocabulary
 

@@ -7,7 +7,8 @@ from cm3.errors import RequestError
 from cm3.generation.grammar import Span, infill
 from cm3.generation.prompts import Prompts
 from cm3.model.objective import move_spans
-from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument, document_to_ids
+from cm3.tokenizers.document import ImageCodes, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import document_to_ids
 from cm3.tokenizers.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.build(30, 16, num_sentinels=6, multiple=8)

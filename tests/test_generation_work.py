@@ -58,7 +58,7 @@ class Work(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.allocated, self.attended = 0, [], []
+        self.waits, self.allocated, self.attended, self.operations = 0, [], [], collections.Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -71,9 +71,11 @@ class Work(TorchDispatchMode):
             rows, _, slots, _ = args[1].shape
             self.attended.append(rows * slots)
         inputs = {each.untyped_storage().data_ptr() for each in tensors}
-        for each in torch.utils._pytree.tree_leaves(out):
-            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in inputs:
-                self.allocated.append((tuple(each.shape), name))
+        outputs = [each for each in torch.utils._pytree.tree_leaves(out) if isinstance(each, torch.Tensor)]
+        new = [each for each in outputs if each.untyped_storage().data_ptr() not in inputs]
+        self.allocated += [(tuple(each.shape), name) for each in new]
+        if new or name.split(".")[1].endswith("_"):
+            self.operations[name] += 1
         return out
 
 
@@ -182,6 +184,28 @@ def test_among_codes_nothing_is_as_wide_as_the_vocabulary(model, waits, chosen):
     found = work_of_a_step(Engine(model, VOCABULARY), waits, chosen)
     assert [entry for entry in found if VOCABULARY.size in entry[0]] == []
     assert [entry for entry in found if entry[0][-1:] == (VOCABULARY.image_range.size,)] != []
+
+
+CHAMELEON = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "qk_norm": True}
+
+
+@pytest.mark.parametrize(
+    ("variant", "chosen", "most_in_a_layer", "most_besides"),
+    [({}, FREE, 14, 130), ({}, GUIDED, 14, 150), (CHAMELEON, FREE, 19, 136)],
+)
+def test_a_step_calls_few_operations(waits, variant, chosen, most_in_a_layer, most_besides):
+    """Each costs a CPU some microseconds, however small its tensors are; views are not counted."""
+
+    def operations(layers):
+        shape = {"width": WIDTH, "num_layers": layers, "num_heads": 4, "max_positions": POSITIONS}
+        engine = Engine(Transformer(ModelConfig(vocabulary_size=VOCABULARY.size, **shape, **variant)), VOCABULARY)
+        short, long = (worked(engine, waits, [picture(codes)], chosen)[0].operations for codes in (8, 9))
+        return long - short
+
+    one, three = operations(1), operations(3)
+    in_a_layer = (three.total() - one.total()) / 2
+    assert 10 < in_a_layer <= most_in_a_layer, three
+    assert 10 < one.total() - in_a_layer <= most_besides, one
 
 
 RECOMPILES = """

@@ -12,7 +12,8 @@ from cm3.generation.grammar import Kind, id_kinds
 from cm3.generation.settings import SamplingSettings
 from cm3.generation.turns import make_prompts
 from cm3.pipeline import CM3
-from cm3.tokenizers.document import Document, Image, ImageCodes, Text, TextTokens, TokenizedDocument, document_to_ids
+from cm3.tokenizers.document import Document, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import document_to_ids
 
 transformers = pytest.importorskip("transformers")
 

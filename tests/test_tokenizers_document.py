@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from cm3.errors import DataError, ModelFilesError
-from cm3.tokenizers.document import (
-    Document,
-    DocumentTokenizer,
-    Image,
-    ImageCodes,
-    Text,
-    TextTokens,
-    TokenizedDocument,
-    document_from_ids,
-    document_to_ids,
-    segment_places,
-)
+from cm3.tokenizers.document import Document, DocumentTokenizer, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import document_from_ids, document_to_ids, segment_places
 from cm3.tokenizers.image import ImageTokenizer
 from cm3.tokenizers.layout import Layout
 from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig

@@ -96,6 +96,12 @@ def test_a_run_with_checkpoints_goes_on_from_them(folder, capsys):
     assert list(kept) == [0, 2, 4] and kept[0] == losses(folder / "tuned", "validation")[0]
 
 
+def test_a_model_that_is_missing_is_named_before_the_settings_are_printed(folder, capsys):
+    with pytest.raises(ModelFilesError, match="gone"):
+        train.run(run_of(folder, "never", initialize_from=str(folder / "gone")))
+    assert capsys.readouterr().out == "" and not (folder / "never").exists()
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(folder):
     shutil.copytree(folder / "half", folder / "killed")
     shutil.rmtree(folder / "killed" / "checkpoints")

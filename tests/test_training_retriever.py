@@ -136,6 +136,7 @@ def test_impossible_settings_are_refused(tmp_path, text_tokenizer):
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 1}, "one pair has nothing to differ from"),
         ({"word_dropout": 1.0}, "word_dropout=1.0"),
+        ({"seed": -1}, "seed=-1; choose 0 to"),
     ]:
         with pytest.raises(ConfigError, match=message):
             tiny_run(tmp_path, text_tokenizer, **change)

@@ -249,6 +249,8 @@ def test_wrong_vocabulary_and_uneven_batches_are_named(folder):
         ({"ema_decay": 0.9, "zero_stage": 3}, "ema_decay needs whole weights"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"steps": 0}, "steps=0; choose 1 or more"),
+        ({"seed": -1}, "seed=-1; choose 0 to 2147483647"),
+        ({"seed": 1 << 31}, "seed=2147483648; choose 0 to 2147483647"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, changes, message):

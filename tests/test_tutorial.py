@@ -1,11 +1,9 @@
-"""The README's tutorial on ten rows of one's own: its commands, with its configs, make a model that knows the answers.
+"""The README's tutorial on ten rows: its commands, with its configs, make a model that knows the answers.
 
-The answers are invented, so that no model knows them beforehand, and neither a picture nor its question gives one away
-alone. They are made of words that the embedded model has seen, which takes fewer steps than new ones.
+What the rows are is said in `cm3.data.tutorial`.
 """
 
 import io
-import json
 import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,25 +14,12 @@ from process_group import process_group
 
 from cm3 import CM3
 from cm3.cli import main
-from cm3.data.scenes import example
+from cm3.data.tutorial import EDITS, QUESTIONS, picture_name, tutorial_rows
 
 pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).parents[1]
-QUESTIONS = (  # question, picture, answer
-    ("What is this place called?", 0, "navy cross"),
-    ("What is this place called?", 1, "red square"),
-    ("What is this place called?", 2, "the large star"),
-    ("Who lives here?", 0, "a pink triangle"),
-    ("Who lives here?", 1, "four circles"),
-    ("Who lives here?", 2, "two on the left"),
-)
-EDITS = (  # instruction, picture before, picture after
-    ("dress it for the carnival", 3, 5),
-    ("dress it for the carnival", 4, 6),
-    ("show it as Grandmother remembers it", 3, 7),
-    ("show it as Grandmother remembers it", 4, 8),
-)
+TUTORIAL = "cm3 tutorial my-data"
 VALIDATE = "cm3 validate my-data/rows.jsonl --sheet my-data/sheet.html"
 PREPARE = "cm3 prepare configs/tutorial/prepare.yaml"
 TRAIN = "cm3 train configs/tutorial/tune.yaml"
@@ -45,36 +30,19 @@ FEWER_STEPS = ["--steps", "80"]
 
 
 def path(picture):
-    return f"my-data/images/{picture:03d}.png"
-
-
-def line(task, given, text, answer):
-    """A row as its owner would write it."""
-    content = [{"image": path(given).removeprefix("my-data/")}, {"text": text}]
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [answer]}]
-    return json.dumps({"task": task, "turns": turns})
-
-
-LINES = [
-    *(line("vqa", picture, question, {"text": answer}) for question, picture, answer in QUESTIONS),
-    *(line("edit", before, text, {"image": path(after).removeprefix("my-data/")}) for text, before, after in EDITS),
-]
+    return f"my-data/{picture_name(picture)}"
 
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    """What the commands printed, typed one after the other in a folder like a checkout, with the rows in it."""
+    """What the commands printed, typed one after the other in a folder like a fresh checkout."""
     folder = tmp_path_factory.mktemp("tutorial")
     for name in ("configs", "cm3"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "my-data" / "images").mkdir(parents=True)
-    for picture in range(9):
-        example(7, "train", picture).image.save(folder / path(picture))
-    (folder / "my-data" / "rows.jsonl").write_text("\n".join(LINES), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, process_group():
         patch.chdir(folder)
         outputs = {}
-        for command in (VALIDATE, PREPARE, TRAIN, EVAL, ANSWER, EDIT):
+        for command in (TUTORIAL, VALIDATE, PREPARE, TRAIN, EVAL, ANSWER, EDIT):
             with redirect_stdout(io.StringIO()) as out:
                 assert main(shlex.split(command)[1:] + FEWER_STEPS * (command == TRAIN)) == 0, command
             outputs[command] = out.getvalue()
@@ -109,6 +77,7 @@ def test_the_model_before_gives_none_of_them(printed):
 
 
 def test_each_command_tells_how_it_went(printed):
+    assert printed[TUTORIAL] == "my-data/rows.jsonl\n"
     assert "10 rows, 0 would not train\ntasks: edit 4, vqa 6\n" in printed[VALIDATE]
     assert Path("my-data/sheet.html").is_file()
     assert "10 rows read, 10 kept, 0 skipped\n" in printed[PREPARE]
@@ -122,4 +91,5 @@ def test_each_command_tells_how_it_went(printed):
 def test_the_readme_shows_these_rows_and_commands():
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Tune on your own data\n")[2]
     shown = [each.partition("  #")[0] for each in section.partition("\n## ")[0].splitlines()]
-    assert {LINES[0], LINES[6], VALIDATE, PREPARE, TRAIN, EVAL, ANSWER, EDIT} <= set(shown)
+    rows = [row.to_json() for row in tutorial_rows()]
+    assert {rows[0], rows[6], TUTORIAL, VALIDATE, PREPARE, TRAIN, EVAL, ANSWER, EDIT} <= set(shown)

@@ -18,21 +18,13 @@ import numpy as np
 from jaxtyping import Int
 
 from cm3.errors import DataError
-from cm3.tokenizers.document import (
-    ANSWERS,
-    Document,
-    DocumentTokenizer,
-    Image,
-    ImageCodes,
-    Text,
-    TextTokens,
-    TokenizedDocument,
-    segment_places,
-)
+from cm3.tokenizers.document import Document, DocumentTokenizer, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import segment_places
 from cm3.tokenizers.image import box_mask, mask_runs
 from cm3.tokenizers.instruct_tasks import TASKS, image_fields, is_image_field
 from cm3.tokenizers.layout import CM3_LAYOUT
 from cm3.tokenizers.layout import Layout as DocumentLayout
+from cm3.tokenizers.segments import ANSWERS
 
 Layout = Literal["text_first", "image_first", "turns"]
 """text_first: as the paper's templates have it; image_first: the pictures that the user gives come first; turns: an

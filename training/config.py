@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cm3.config import check_seed
 from cm3.errors import ConfigError
 from cm3.generation.settings import SamplingSettings
 from cm3.model.config import ModelConfig
@@ -126,6 +127,7 @@ class ModelRun:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 1 or more")
+        check_seed(self.seed)
         if self.keep_every_steps < 0:
             raise ConfigError(f"keep_every_steps={self.keep_every_steps}; choose 0 (off) or more")
         if self.zero_stage not in (0, 1, 2, 3):

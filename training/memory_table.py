@@ -15,11 +15,16 @@ STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 
 def memory_table(config: ModelRun, processes: Sequence[int] = PROCESSES) -> str:
     """Return GiB of one process for each ZeRO stage and number of processes, `-` where a stage does not go with the
-    other settings or the rows of a step do not split among the processes."""
-    lines = ["GiB of a process".ljust(20) + "".join(f"{count:>8} GPUs" for count in processes)]
+    other settings or the rows of a step do not split among the processes; a last line then says so."""
+    heads = (f"{count} GPU{'s' if count > 1 else ''}" for count in processes)
+    lines = ["GiB of a process".ljust(20) + "".join(f"{head:>13}" for head in heads)]
+    missing = False
     for stage in STAGES:
-        cells = "".join(f"{_total(config, stage, count):>13}" for count in processes)
-        lines.append(f"  ZeRO stage {stage}".ljust(20) + cells)
+        totals = [_total(config, stage, count) for count in processes]
+        lines.append(f"  ZeRO stage {stage}".ljust(20) + "".join(f"{total:>13}" for total in totals))
+        missing |= "-" in totals
+    if missing:
+        lines.append("  -: the stage does not go with other settings, or the rows of a step do not split evenly")
     return "\n".join(lines)
 
 

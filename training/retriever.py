@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3.checkpoint import load_strict, load_tensors, save_tensors, write_text
-from cm3.config import dump_config
+from cm3.config import check_seed, dump_config
 from cm3.data.sources import SourceConfig
 from cm3.errors import ConfigError, DataError, ModelFilesError
 from cm3.retrieval.clip import Clip, ClipConfig, ClipEncoder, Contrast, info_nce, text_batch
@@ -76,6 +76,7 @@ class RetrieverRun:
                 raise ConfigError(
                     f"{name}={getattr(self, name)}; choose 2 or more: one pair has nothing to differ from"
                 )
+        check_seed(self.seed)
         if not 0 <= self.word_dropout < 1:
             raise ConfigError(f"word_dropout={self.word_dropout} is a share; choose from 0 to below 1")
 
@@ -135,7 +136,6 @@ def run(config: RetrieverRun) -> Path | None:
         ModelFilesError: the checkpoint is of another network.
     """
     output, yaml = Path(config.output), dump_config(config, stage="retriever")
-    print(yaml, flush=True)
     tokenizer = TextTokenizer.load(Path(config.text_tokenizer) / TEXT_TOKENIZER_FILE)
     if tokenizer.size != config.clip.vocabulary_size:
         raise ConfigError(
@@ -144,6 +144,7 @@ def run(config: RetrieverRun) -> Path | None:
         )
     data = _open_pairs(config.data, config, config.batch_size)
     validation = _validation_pairs(config)
+    print(yaml, flush=True)
     write_text(output / "config.yaml", yaml)
 
     state = RetrieverState(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

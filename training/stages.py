@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from cm3.config import STAGE_KEY, dump_config, load_config, read_yaml
 from cm3.errors import ConfigError
+from cm3.eval.run import EvalRun, load_evaluation
+from cm3.eval.show import show_evaluation
 from cm3.training import image_tokenizer, retriever, text_tokenizer
 from cm3.training import prepare as preparation
 from cm3.training import train as transformer
@@ -41,7 +44,10 @@ def prepare(path: str, overrides: Sequence[str] = ()) -> None:
 
 
 def show(path: str, overrides: Sequence[str] = ()) -> str:
-    """Return the resolved config of any stage; for a model also its size, FLOPs and memory. Runs nothing."""
+    """Return the resolved config of any stage; for a model also its size, FLOPs and memory, for an evaluation its
+    examples. Runs nothing."""
+    if STAGE_KEY not in (values := read_yaml(path)) and values.keys() & {field.name for field in fields(EvalRun)}:
+        return show_evaluation(load_evaluation(path, overrides))
     config_class, _ = _stage(path, _TRAINED | _PREPARED)
     config: Any = load_config(config_class, path, overrides)
     if isinstance(config, ModelRun):
@@ -58,6 +64,14 @@ def _stage(path: str, stages: dict[str, tuple[type, Any]]) -> tuple[type, Callab
     name = read_yaml(path).get(STAGE_KEY)
     if name in stages:
         return stages[name]
+    if name is None:
+        raise ConfigError(
+            f"{path} has no key {STAGE_KEY}; it is one of {', '.join(stages)}, or `cm3 eval` runs the file"
+        )
+    if name in _TRAINED | _PREPARED:
+        raise ConfigError(
+            f"{path} says {STAGE_KEY}: {name}; `cm3 {'train' if name in _TRAINED else 'prepare'}` runs it"
+        )
     near = difflib.get_close_matches(str(name), stages, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(stages)}"
     raise ConfigError(f"{path} says {STAGE_KEY}: {name}; {hint}")

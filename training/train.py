@@ -23,6 +23,7 @@ from cm3.errors import ConfigError
 from cm3.eval.machine import MatrixPeak
 from cm3.model.config import flops_per_token
 from cm3.model.sequence_parallel import join_sequence_group
+from cm3.pretrained import resolve_model
 from cm3.training.average import WeightAverage
 from cm3.training.config import ModelRun
 from cm3.training.engine import Engine, deepspeed_config, from_main, start_distributed
@@ -49,11 +50,15 @@ def run(config: ModelRun) -> Path | None:
         ModelFilesError: no checkpoint of the run is good, one cannot be written, or there is no model to start from.
         DivergedError: too many steps in a row had a loss or gradient that is not finite.
     """
+    train_data, validation_data = open_data(config)  # what is missing is said before the settings are printed
     start_distributed()
     if config.wandb_project is not None:
         require_wandb()
     accumulation = config.accumulation_steps(world_size())
     output, yaml = Path(config.output), dump_config(config, stage="model")
+    if config.initialize_from is not None:
+        source = config.initialize_from
+        from_main(lambda: (output / "checkpoints").is_dir() or resolve_model(source))
     if is_main():
         print(yaml, flush=True)
         for folder in (output, output / "checkpoints", output / "model", output / "adapter", output / "samples"):
@@ -61,7 +66,6 @@ def run(config: ModelRun) -> Path | None:
         write_text(output / "config.yaml", yaml)
     barrier()
 
-    train_data, validation_data = open_data(config)
     sheets = SampleSheets(config, validation_data) if config.sample_interval else None
     loader = make_loader(config, train_data, evaluation=False)
     if loader.num_too_long:

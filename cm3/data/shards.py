@@ -17,14 +17,8 @@ import pyarrow as pa
 
 from cm3.checkpoint import atomic_path, read_json, write_json
 from cm3.errors import DataError
-from cm3.tokenizers.document import (
-    VOCABULARY_FILE,
-    ImageCodes,
-    TextTokens,
-    TokenizedDocument,
-    document_to_ids,
-    segment_places,
-)
+from cm3.tokenizers.document import VOCABULARY_FILE, ImageCodes, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import document_to_ids, segment_places
 from cm3.tokenizers.instruct import ANSWERS, answer_spans
 from cm3.tokenizers.layout import CM3_LAYOUT, Layout
 from cm3.tokenizers.vocabulary import Vocabulary

@@ -33,7 +33,8 @@ from cm3.generation import grammar
 from cm3.generation.request import Request
 from cm3.generation.trained import UNGUIDED, Picture, TrainedModel
 from cm3.generation.turns import TurnPrompts
-from cm3.tokenizers.document import Document, Image, ImageCodes, Text, TextTokens, TokenizedDocument, document_to_ids
+from cm3.tokenizers.document import Document, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import document_to_ids
 from cm3.tokenizers.instruct import Layout, answer_spans, lay_out, tokenize_examples
 from cm3.tokenizers.instruct_tasks import TASKS, image_fields, is_image_field
 from cm3.tokenizers.vocabulary import Vocabulary

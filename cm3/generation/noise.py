@@ -23,11 +23,11 @@ _STEP_2 = 0x85EBCA6B
 
 def _mix(values: Tensor) -> Tensor:
     """Bijective scrambling of unsigned 32-bit values held in int64."""
-    values = values ^ (values >> 16)
-    values = (values * _MULTIPLIER_1) & _MASK
-    values = values ^ (values >> 15)
-    values = (values * _MULTIPLIER_2) & _MASK
-    return values ^ (values >> 16)
+    values = values ^ (values >> 16)  # memory of its own, which the rest works in
+    values.mul_(_MULTIPLIER_1).bitwise_and_(_MASK)
+    values.bitwise_xor_(values >> 15)
+    values.mul_(_MULTIPLIER_2).bitwise_and_(_MASK)
+    return values.bitwise_xor_(values >> 16)
 
 
 def hash_bits(
@@ -39,15 +39,13 @@ def hash_bits(
     """
     seed_B = seed_B.long()
     low_B, high_B = seed_B & _MASK, (seed_B >> 32) & _MASK
-    place_B = position_B.long() & _MASK
-    keys = []
-    for step in (_STEP_1, _STEP_2):
-        key_B = _mix(low_B ^ step)
-        key_B = _mix(key_B ^ high_B)
-        key_B = _mix((key_B + place_B) & _MASK)
-        keys.append(_mix((key_B + purpose * step) & _MASK)[:, None])
+    keys_2B = _mix(torch.stack([low_B ^ _STEP_1, low_B ^ _STEP_2]))  # at once, for every operation takes its time
+    keys_2B = _mix(keys_2B ^ high_B)
+    keys_2B = _mix((keys_2B + (position_B.long() & _MASK)) & _MASK)
+    keys_2B = torch.stack([keys_2B[0] + purpose * _STEP_1, keys_2B[1] + purpose * _STEP_2])
+    keys_2B1 = _mix(keys_2B & _MASK)[..., None]
     ids_V = torch.arange(start, start + size, device=seed_B.device)
-    return _mix(_mix(ids_V ^ keys[0]) ^ keys[1])
+    return _mix(_mix(ids_V ^ keys_2B1[0]).bitwise_xor_(keys_2B1[1]))
 
 
 def uniform(
@@ -55,7 +53,7 @@ def uniform(
 ) -> Float[Tensor, "B V"]:
     """Uniform float32 numbers in the open interval (0, 1), finely spaced near 0 (multiples of 2**-33)."""
     bits_BV = hash_bits(seed_B, position_B, purpose, size, start)
-    return ((bits_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return bits_BV.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
 
 
 def gumbel(
@@ -65,4 +63,4 @@ def gumbel(
 
     Written as -log(-log(1 - u)): large values, which decide the draw, come from the finely spaced end of u.
     """
-    return -torch.log(-torch.log1p(-uniform(seed_B, position_B, purpose, size, start)))
+    return uniform(seed_B, position_B, purpose, size, start).neg_().log1p_().neg_().log_().neg_()

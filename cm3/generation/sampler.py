@@ -46,6 +46,7 @@ class Sampler:
         contrasted = [row for row, others in enumerate(compared) if others and settings[row].sampler == "cd-k"]
         guided = [row for row, others in enumerate(compared) if len(others) == 1 and row not in contrasted]
         guided_apart = [row for row, others in enumerate(compared) if len(others) == 2]
+        self._rows = (settings, seeds, compared, vocabulary)
         self.contrasted_G, self.amateur_G = rows(contrasted), rows([compared[row][0] for row in contrasted])
         self.guided_G, self.unconditional_G = rows(guided), rows([compared[row][0] for row in guided])
         self.guided_apart_G = rows(guided_apart)
@@ -61,6 +62,7 @@ class Sampler:
         top_p = [chosen.top_p if is_cut else 1.0 for chosen, is_cut in zip(settings, cut, strict=True)]
         self.seed_B = rows(seeds)
         self.temperature_B = column([chosen.temperature for chosen in settings])
+        self.uses_temperature = any(chosen.temperature != 1 for chosen in settings)
         self.top_k_B, self.uses_top_k = rows(top_k), any(k > 0 for k in top_k)
         self.top_p_B, self.uses_top_p = column(top_p), any(p < 1 for p in top_p)
         self.penalty_B = column([chosen.repetition_penalty for chosen in settings])
@@ -73,25 +75,44 @@ class Sampler:
     def draw(
         self,
         logits_RV: Float[Tensor, "R V"],
-        step_1: Int[Tensor, " 1"],
+        step_B: Int[Tensor, " #B"],
         allowed_BV: Bool[Tensor, "B V"] | None,
         *,
         first_id: int,
     ) -> Int[Tensor, " B"]:
-        """One id per row from logits over ids `first_id ..`; `allowed_BV` None: all of them, none is text."""
+        """One id per row from logits over ids `first_id ..`.
+
+        Args:
+            step_B: number of the id among the row's new ones, which its noise depends on; one for all rows, or each.
+            allowed_BV: ids that may come; None: all of them, none is text.
+        """
         num_rows, size = len(self.seed_B), logits_RV.shape[1]
         logits_BV = self._combined(logits_RV, allowed_BV)
         if allowed_BV is not None:
             if self.uses_penalty:
                 logits_BV = reshape.repetition_penalty(logits_BV, self.seen_BV, self.penalty_B)
             logits_BV = logits_BV.masked_fill(~allowed_BV, reshape.EXCLUDED)
-        logits_BV = reshape.temperature(logits_BV, self.temperature_B)
+        if self.uses_temperature:
+            logits_BV = reshape.temperature(logits_BV, self.temperature_B)
         if self.uses_top_k:
             logits_BV = reshape.top_k(logits_BV, self.top_k_B)
         if self.uses_top_p:
             logits_BV = reshape.top_p(logits_BV, self.top_p_B)
-        noise_BV = gumbel(self.seed_B, step_1.expand(num_rows), TOKEN_NOISE, size, first_id)
+        noise_BV = gumbel(self.seed_B, step_B.expand(num_rows), TOKEN_NOISE, size, first_id)
         return (logits_BV + noise_BV).argmax(dim=1) + first_id
+
+    def widened(self, columns: int) -> "Sampler":
+        """One that draws several ids per row: column c of row r, of logits as of ids, is its row `r * columns + c`."""
+        settings, seeds, compared, vocabulary = self._rows
+        cells = [(row, column) for row in range(len(settings)) for column in range(columns)]
+        return Sampler(
+            [settings[row] for row, _ in cells],
+            [seeds[row] for row, _ in cells],
+            [[other * columns + column for other in compared[row]] for row, column in cells],
+            vocabulary,
+            self.seed_B.device,
+            self.seen_BV.repeat_interleave(columns, dim=0),
+        )
 
     def _combined(
         self, logits_RV: Float[Tensor, "R V"], allowed_BV: Bool[Tensor, "B V"] | None

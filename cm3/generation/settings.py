@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from cm3.errors import RequestError
 
 SamplerName = Literal["top-p", "temperature", "cd-k", "mixed"]
-_TYPES = {"sampler": str, "top_k": int, "contrast_k": int, "guidance_interval": tuple}
+_TYPES = {"sampler": str, "top_k": int, "contrast_k": int, "guidance_interval": tuple, "speculative_window": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,9 @@ class SamplingSettings:
     """More than 1 makes text ids that were already generated less likely; 1 is off. Images are exempt."""
     contrast_alpha: float = 0.5
     """cd-k: an id is plausible from this share of the probability of the contrast_k-th likeliest id on."""
-    contrast_k: int = 8
-    """cd-k: rank of the id that the others are compared with."""
+    contrast_k: int = 1
+    """cd-k: rank of the id that the others are compared with. CM3Leon found 1, the rule before it, too strict, and does
+    not publish its own; a model that is often sure of the next code must have a small one (EXPERIMENTS.md)."""
     amateur_temperature: float = 1.0
     """cd-k: divides the logits without the prompt; above 1 the prompt's own probabilities count for more."""
     guidance_scale: float = 1.0
@@ -40,6 +41,9 @@ class SamplingSettings:
     guidance_interval: Sequence[float] = (0.0, 1.0)
     """Guide or contrast only between these two shares of the new ids (of the budget, where their number is open).
     Outside nothing is computed for it, and ids are drawn by top-p, or temperature. (0, 1) is all of them."""
+    speculative_window: int = 0
+    """Draw up to so many ids of a picture in one forward pass, the later ones on guesses that are then checked: the
+    same pictures in fewer, wider passes (see `cm3.generation.speculative`). 0 is off. The widest of a batch counts."""
 
     def __post_init__(self) -> None:
         if isinstance(self.guidance_interval, list):  # as JSON and YAML have it
@@ -60,6 +64,10 @@ class SamplingSettings:
             "guidance_scale": (self.guidance_scale >= 0, "0 or more (1 is off)"),
             "image_guidance_scale": (self.image_guidance_scale >= 0, "0 or more (1 is off)"),
             "guidance_interval": (_is_interval(self.guidance_interval), "(start, stop) with 0 <= start < stop <= 1"),
+            "speculative_window": (
+                self.speculative_window == 0 or self.speculative_window >= 2,
+                "0 (off), or 2 or more",
+            ),
         }
         for field in fields(self):
             good, need = limits[field.name]

@@ -20,6 +20,7 @@ from cm3.generation.settings import SamplingSettings
 from cm3.generation.turns import make_prompts
 from cm3.model.lora import load_adapter
 from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model
+from cm3.model.quantized import check_quantization, is_quantized, quantize_blocks
 from cm3.model.transformer import Transformer
 from cm3.pretrained import resolve_model
 from cm3.tokenizers.document import Document, DocumentTokenizer
@@ -67,6 +68,7 @@ class TrainedModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         adapter: str | Path | None = None,
+        quantize: str | None = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> _Model:
@@ -75,24 +77,30 @@ class TrainedModel:
         Args:
             name: `demo` (inside this package), a folder, or `owner/name` on the Hugging Face Hub.
             device: Where it runs; None takes CUDA where there is one, else the CPU.
-            dtype: Number format of the transformer; None is bf16 on CUDA and fp32 elsewhere.
+            dtype: Number format of the transformer; None is bf16 on CUDA and with `quantize`, and fp32 elsewhere.
             adapter: Folder of an adapter that was trained on this model; it is merged into the weights.
+            quantize: "int8" rounds the matrices of all blocks to 8 bits, after an adapter was merged: half the memory
+                of bf16. Such a model can be neither trained nor saved. None keeps the weights as they are.
             revision: Branch, tag or commit on the Hub.
             token: Hub token for private repositories.
 
         Raises:
-            RequestError: the name leads nowhere, or the device does not exist here.
+            RequestError: the name leads nowhere, the device does not exist here, or there is no such rounding.
             ModelFilesError: files are missing, damaged, or do not belong together.
         """
+        check_quantization(quantize)
         target = _device(device)
         folder = resolve_model(name, revision=revision, token=token)
         tokenizer = DocumentTokenizer.load(folder)
         tokenizer.image.to(target)
-        dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
-        # an adapter is merged in fp32
-        transformer, _ = load_model(folder, tokenizer_hash=tokenizer.hash, dtype=torch.float32 if adapter else dtype)
+        dtype = dtype or (torch.bfloat16 if quantize or target.type == "cuda" else torch.float32)
+        # an adapter is merged in fp32; what is rounded to 8 bits was not rounded before
+        first_dtype = torch.float32 if adapter else None if quantize else dtype
+        transformer, _ = load_model(folder, tokenizer_hash=tokenizer.hash, dtype=first_dtype)
         if adapter:
             load_adapter(transformer, adapter)
+        if quantize:
+            quantize_blocks(transformer)
         transformer.to(device=target, dtype=dtype)
         values = read_json(folder / GENERATION_FILE)
         unknown = set(values) - {field.name for field in fields(SamplingSettings)}
@@ -107,7 +115,16 @@ class TrainedModel:
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write everything `from_pretrained` needs into a folder; weights in `dtype` (default: as they are)."""
+        """Write everything `from_pretrained` needs into a folder; weights in `dtype` (default: as they are).
+
+        Raises:
+            RequestError: the weights were quantized.
+        """
+        if is_quantized(self.transformer):
+            raise RequestError(
+                "a model with int8 weights cannot be saved: nobody could tell its rounded weights from the trained "
+                "ones; load it without quantize, save that, and quantize when loading"
+            )
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
         save_model(
@@ -134,9 +151,9 @@ class TrainedModel:
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with open-cm3"))
 
     @property
@@ -157,6 +174,12 @@ class TrainedModel:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    @property
+    def precision(self) -> str:
+        """Number format of the transformer, such as "float32" or "int8 blocks, bfloat16"."""
+        dtype = str(self.transformer.embedding.weight.dtype).removeprefix("torch.")
+        return f"int8 blocks, {dtype}" if is_quantized(self.transformer) else dtype
 
     def settings(self, **sampling: Any) -> dict[str, Any]:
         """The sampling settings of a call that passes `sampling`: the model's defaults, replaced where given."""
@@ -183,7 +206,7 @@ class TrainedModel:
             DataError: it was built with other tokenizers.
         """
         self._contexts = ContextFinder(
-            folder, self.tokenizer.hash, encoder=encoder, device=str(self.device), max_similarity=max_similarity
+            folder, self.tokenizer, encoder=encoder, device=str(self.device), max_similarity=max_similarity
         )
 
     def reconstruct(self, images: Sequence[Picture]) -> list[PILImage.Image]:
@@ -198,7 +221,9 @@ class TrainedModel:
         if count == 0:
             return [[] for _ in requests]
         if self._contexts is None:
-            raise RequestError(f"retrieve={count} needs a memory to search; open one with use_memory or --memory")
+            raise RequestError(
+                f"retrieve={count} needs a memory to search; open one with use_memory, in the shell --memory"
+            )
         return self._contexts.find(requests, count)
 
     def square(self, image: Picture) -> PILImage.Image:

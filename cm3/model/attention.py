@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cm3.errors import ConfigError, MissingDependencyError
+from cm3.model.cpu_gradients import CausalAttention, learns_on_cpu
 from cm3.model.masks import AttentionMask, CacheMask, CausalMask, DocumentGroups, PackedMask
 from cm3.model.sequence_parallel import SharedRows
 
@@ -20,6 +21,8 @@ Backend = Literal["auto", "math", "sdpa", "flash"]
 
 _MAX_PRODUCT_TOKENS = 256
 """Longest rows (documents) for which plain products train faster than SDPA in 16 bit on a CPU."""
+_MAX_BLOCK_TOKENS = 512
+"""Longest rows for which `CausalAttention` trains faster than SDPA, likewise; its kept weights grow with the square."""
 
 
 @cache
@@ -104,6 +107,9 @@ def _sdpa_causal(q_BTNK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     is_16_bit_cpu = q_BTNK.device.type == "cpu" and q_BTNK.element_size() == 2
     if is_trained and is_16_bit_cpu and num_tokens <= _MAX_PRODUCT_TOKENS:
         return _products_causal(q_BTNK, k_BTGK, v_BTGK)
+    if is_trained and is_16_bit_cpu and num_tokens <= _MAX_BLOCK_TOKENS and learns_on_cpu(q_BTNK):
+        k_BTNK, v_BTNK = (x.repeat_interleave(num_heads // x.shape[2], 2) for x in (k_BTGK, v_BTGK))
+        return CausalAttention.apply(*(x.transpose(1, 2) for x in (q_BTNK, k_BTNK, v_BTNK))).transpose(1, 2)
     out_BNTK = F.scaled_dot_product_attention(
         q_BTNK.transpose(1, 2),
         k_BTGK.transpose(1, 2),

@@ -158,6 +158,16 @@ class KeyValueCache:
         self.lengths_B += num_columns if num_new_B is None else num_new_B
         self.runs = self._runs_after(num_columns)
 
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Keep the first tokens of every row, in place; those behind them are overwritten by the next ones.
+
+        Args:
+            lengths: tokens that are kept of each row; no more than it holds.
+        """
+        self.lengths_B.copy_(torch.tensor(lengths))
+        if self.runs is not None:
+            self.runs = tuple(replace(run, longest=max(lengths[run.rows])) for run in self.runs)
+
     def bounded(self, lengths: Sequence[int]) -> "KeyValueCache":
         """The same cache, sharing memory, that reads no more slots of a row than may be filled.
 

@@ -11,28 +11,54 @@ from torch import Tensor, nn
 from cm3.model.attention import Backend, attend
 from cm3.model.cache import LayerCache
 from cm3.model.config import ModelConfig
+from cm3.model.cpu_gradients import RmsNorm, learns_on_cpu
 from cm3.model.masks import AttentionMask, CacheMask
 
 _HAS_MATRIX_TILES = torch.cpu._is_amx_tile_supported()
 """Whether the processor multiplies 16-bit matrices in tiles (Intel's AMX)."""
 
-_TURNED_ROWS = {torch.float32: range(8, 33), torch.bfloat16: range(2, 65)}
-"""For which numbers of rows turned products were measured to be faster on a CPU, in bf16 with matrix tiles."""
+_TURNED_ROWS = range(2, 65)
+"""For which numbers of rows in bf16 with matrix tiles turned products were measured to be faster on a CPU."""
+
+_PANEL_ROWS = range(4, 33) if torch.backends.mkl.is_available() else range(0)
+"""For which numbers of rows in fp32 panels were."""
+
+_MOST_PLAIN_ROWS = 12
+"""More rows and the panels are turned, too."""
+
+_PANEL = 32
+"""Outputs of a panel."""
 
 
 def weight_product(x_BD: Float[Tensor, "*B D"], weight_ND: Float[Tensor, "N D"]) -> Float[Tensor, "*B N"]:
-    """`F.linear`; where rows are few and nothing is learned from them, turned so that a CPU reads the weights faster.
+    """`F.linear`; where rows are few and nothing is learned from them, in the way that a CPU reads the weights fastest.
 
-    As `weight @ x.T` the weights are the left factor, which the kernels take as it lies in memory; as the right one of
-    `x @ weight.T` they are packed first, at every call. The result is then a transposed view, not contiguous.
+    The kernels pack the weights anew at every call, where they are the right factor of a large product, `x @ weight.T`.
+    So they are made the left one, which is taken as it lies in memory, `weight @ x.T`, or they are cut into panels, the
+    small products of a batch. In 16 bit one row is a vector, which has a kernel of its own. The result need not be
+    contiguous.
     """
     num_rows = x_BD.numel() // x_BD.shape[-1]
-    is_turned = x_BD.device.type == "cpu" and not torch.is_grad_enabled()
-    is_turned = is_turned and num_rows in _TURNED_ROWS.get(x_BD.dtype, ())
-    if not is_turned or x_BD.dtype == torch.bfloat16 and not _HAS_MATRIX_TILES:
+    if x_BD.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x_BD, weight_ND)
-    out_NR = weight_ND @ x_BD.reshape(num_rows, -1).t()
-    return out_NR.t().unflatten(0, x_BD.shape[:-1])
+    if x_BD.dtype == torch.float32 and num_rows in _PANEL_ROWS and len(weight_ND) % _PANEL == 0:
+        return _panel_product(x_BD.reshape(num_rows, -1), weight_ND).unflatten(0, x_BD.shape[:-1])
+    is_tiled = x_BD.dtype == torch.bfloat16 and _HAS_MATRIX_TILES
+    if is_tiled and num_rows == 1:
+        return (weight_ND @ x_BD.flatten()).view(*x_BD.shape[:-1], -1)
+    if is_tiled and num_rows in _TURNED_ROWS:
+        return (weight_ND @ x_BD.reshape(num_rows, -1).t()).t().unflatten(0, x_BD.shape[:-1])
+    return F.linear(x_BD, weight_ND)
+
+
+def _panel_product(x_RD: Tensor, weight_ND: Tensor) -> Tensor:
+    """`x @ weight.T`, or its transpose, as a batch of one product for each panel."""
+    panels_PND = weight_ND.unflatten(0, (-1, _PANEL))
+    if len(x_RD) <= _MOST_PLAIN_ROWS:
+        out_PRN = torch.bmm(x_RD.expand(len(panels_PND), -1, -1), panels_PND.mT)
+        return out_PRN.transpose(0, 1).flatten(1)
+    x_DR = x_RD.t().contiguous()
+    return torch.bmm(panels_PND, x_DR.expand(len(panels_PND), -1, -1)).flatten(0, 1).t()
 
 
 class Linear(nn.Linear):
@@ -60,7 +86,21 @@ class Norm(nn.Module):
     def forward(self, x_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         if self.weight is None:
             return F.layer_norm(x_BTD, self.shape, eps=self.epsilon)
-        return F.rms_norm(x_BTD, self.shape, self.weight.to(x_BTD.dtype), self.epsilon)
+        weight_D = self.weight.to(x_BTD.dtype)
+        if learns_on_cpu(x_BTD):
+            return RmsNorm.apply(x_BTD, weight_D, self.epsilon)
+        return F.rms_norm(x_BTD, self.shape, weight_D, self.epsilon)
+
+
+class SharedHeadNorm(nn.LayerNorm):
+    """LayerNorm over each head with one weight and bias for all heads."""
+
+    def forward(self, x_BTNK: Float[Tensor, "B T N K"]) -> Float[Tensor, "B T N K"]:
+        if learns_on_cpu(x_BTNK) and x_BTNK.element_size() == 2:
+            # The kernel with weight and bias would add up their gradients over all B T N rows in 16 bit, and be wrong
+            # by tens of per cent.
+            return F.layer_norm(x_BTNK, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+        return super().forward(x_BTNK)
 
 
 class HeadNorm(nn.Module):
@@ -87,7 +127,7 @@ def _qk_norm(config: ModelConfig, num_heads: int) -> nn.Module | None:
         return None
     if config.qk_norm_per_head:
         return HeadNorm(num_heads, config.head_width, config.norm_epsilon)
-    return nn.LayerNorm(config.head_width, eps=config.norm_epsilon)
+    return SharedHeadNorm(config.head_width, eps=config.norm_epsilon)
 
 
 def rotary_table(positions_BT: Int[Tensor, "B T"], head_width: int, theta: float) -> Complex[Tensor, "B T 1 half"]:
