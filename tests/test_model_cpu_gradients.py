@@ -76,7 +76,7 @@ def test_shared_head_norm_sums_its_gradients_exactly(dtype):
     norm = SharedHeadNorm(16).to(dtype)
     grad = torch.randn(x.shape, generator=generator).to(dtype)
     out = norm(x)
-    out.backward(grad)
+    out.backward(grad.float())
     exact = nn.LayerNorm(16).double()
     exact(x.double()).backward(grad.double())
     assert relative_error(norm.weight.grad, exact.weight.grad) < 0.01
