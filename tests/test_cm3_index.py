@@ -135,7 +135,7 @@ def test_documents_are_added_and_deleted(build, cm3, model_folder, retrieval_fol
     [
         (["search", "{memory}"], "nothing to search for"),
         (["search", "{memory}", "--text", " "], "nothing to search for"),
-        (["search", "{memory}", "--text", "a", "--count", "0"], "count=0"),
+        (["search", "{memory}", "--text", "a", "--count", "0"], "--count 0"),
         (["search", "{memory}", "--image", "missing.png"], "missing.png"),
         (["search", "{memory}", "--text", "a", "--out", "sheet.jpg"], ".png"),
         (["search", "{memory}", "--text", "a", "--encoder", "./nowhere"], "encoder './nowhere' is no folder"),
@@ -179,6 +179,7 @@ def test_generate_and_caption_retrieve(cm3, model_folder, retrieval_folder, tmp_
     picture = retrieval_folder / "3.png"
     code, printed, _ = cm3("caption", picture, "--json", *options, "--encoder", retrieval_folder / "encoder")
     assert code == 0
-    assert json.loads(printed) == {"path": str(picture), "caption": model.caption(picture, retrieve=2, seed=3)}
+    said = model.describe([picture], retrieve=2, seed=3)[0]
+    assert json.loads(printed) == {"path": str(picture), **said.record()} and len(said.retrieved) == 2
     code, _, error = cm3("caption", picture, "--retrieve", 1, "--model", model_folder)
-    assert code == 2 and "open one with use_memory or --memory" in error
+    assert code == 2 and "open one with use_memory, in the shell --memory" in error
