@@ -26,12 +26,13 @@ class Verb:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [-h] config [{SETTINGS} value ...]"
     parser.add_argument("config", help="a YAML file; see configs/")
-    parser.add_argument(
+    overrides = parser.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
         metavar=f"{SETTINGS} value",
         help="settings that replace the file's; --help after the file lists them all",
     )
+    overrides.required = False  # older versions of argparse count them among what is missing where the config is
 
 
 def _train(args: argparse.Namespace) -> None:

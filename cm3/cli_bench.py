@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     index.add_argument("--vectors", type=int, default=1_000_000, metavar="N", help="(default: 1000000)")
     index.add_argument("--width", type=int, default=512, metavar="N", help="numbers of a vector (default: 512)")
-    kinds = ("flat", "hnsw", "ivf", "ivf-pq")
+    kinds = ["flat", "hnsw", "ivf", "ivf-pq"]
     index.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=_some_of(kinds))
     index.add_argument("--queries", type=int, default=512, metavar="N", help="(default: 512)")
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--steps", type=int, default=20, metavar="N", help="steps that are timed (default: 20)")
     train.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
     train.add_argument("--compile", action="store_true", help="compile every block with torch.compile")
-    models = ("ours", "ours-chameleon", "transformers")
+    models = ["ours", "ours-chameleon", "transformers"]
     train.add_argument("--models", nargs="+", choices=models, default=models, metavar="NAME", help=_some_of(models))
 
     loader = add_sub_parser(
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the row (default: 4096)")
     loss.add_argument("--vocabulary", type=int, default=65_536, metavar="N", help="ids (default: 65536)")
     loss.add_argument("--width", type=int, default=1024, metavar="N", help="of the model (default: 1024)")
-    loss.add_argument("--chunks", nargs="+", type=int, default=(2048, 512), metavar="N", help="(default: 2048 512)")
+    loss.add_argument("--chunks", nargs="+", type=int, default=[2048, 512], metavar="N", help="(default: 2048 512)")
     loss.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: bf16)")
 
     generate = add_sub_parser(
@@ -70,19 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cm3 bench generate --size 100m --batches 1 8",
     )
     generate.add_argument("--size", choices=_GENERATE_SIZES, default="100m", help="of the model (default: 100m)")
-    generate.add_argument("--batches", nargs="+", type=int, default=(1, 8), metavar="N", help="(default: 1 8)")
+    generate.add_argument("--batches", nargs="+", type=int, default=[1, 8], metavar="N", help="(default: 1 8)")
     generate.add_argument(
         "--prompt-length", type=int, default=128, metavar="N", help="ids of the longest prompt (default: 128)"
     )
     generate.add_argument("--new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     generate.add_argument(
-        "--guidance", nargs="+", type=float, default=(1.0, 3.0), metavar="SCALE", help="1 is off (default: 1 3)"
+        "--guidance", nargs="+", type=float, default=[1.0, 3.0], metavar="SCALE", help="1 is off (default: 1 3)"
     )
     generate.add_argument(
         "--precisions",
         nargs="+",
         choices=("fp32", "bf16", "int8"),
-        default=("fp32", "bf16"),
+        default=["fp32", "bf16"],
         metavar="NAME",
         help="any of fp32, bf16, int8; int8 is ours alone (default: fp32 bf16)",
     )
@@ -96,13 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cm3 bench speculative --windows 8 16 --pictures 4",
     )
     speculative.add_argument("--model", default="demo", metavar="NAME", help="folder or Hub name (default: demo)")
-    windows = (4, 8, 16)
+    windows = [4, 8, 16]
     speculative.add_argument("--windows", nargs="+", type=int, default=windows, metavar="N", help="(default: 4 8 16)")
     speculative.add_argument(
-        "--guidance", nargs="+", type=float, default=(1.0, 1.75), metavar="SCALE", help="1 is off (default: 1 1.75)"
+        "--guidance", nargs="+", type=float, default=[1.0, 1.75], metavar="SCALE", help="1 is off (default: 1 1.75)"
     )
     speculative.add_argument(
-        "--temperatures", nargs="+", type=float, default=(0.3, 1.0), metavar="T", help="(default: 0.3 1)"
+        "--temperatures", nargs="+", type=float, default=[0.3, 1.0], metavar="T", help="(default: 0.3 1)"
     )
     speculative.add_argument("--pictures", type=int, default=8, metavar="N", help="of scenes (default: 8)")
     speculative.add_argument("--batch", type=int, default=1, metavar="N", help="drawn together (default: 1)")

@@ -38,7 +38,7 @@ def seed(text: str) -> int:
     except ValueError:
         value = -1
     if not 0 <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; choose a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; choose a whole number from 0 to 2**63 - 1")
     return value
 
 

@@ -8,7 +8,7 @@ import difflib
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 SETTINGS = "--key"
@@ -16,6 +16,10 @@ SETTINGS = "--key"
 _KINDS = {"int": "a whole number", "float": "a number"}
 _MOST_LISTED = 10
 """Choices that are listed; more of them are left to the help."""
+_OPTION = re.compile(r"(--?[A-Za-z][\w-]*)(?:=.*)?", re.DOTALL)
+"""What is meant as an option; `-5`, or a text that begins with a dash, is not."""
+_BEFORE, _AFTER = r"(?<![^\s(])", r"(?=[.,;:)]*(?:\s|$))"
+"""Around a word of a message that is no part of a longer one, such as a path."""
 _REWORDED = (
     (r"argument (.+?): invalid (int|float) value: (.+)", lambda m: f"{m[1]} takes {_KINDS[m[2]]}, not {m[3]}"),
     (r"argument (.+?): invalid choice: (.+?) \(choose from (.+)\)", lambda m: _choice(m[1], m[2], m[3])),
@@ -49,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}{joint} {self.prog} --help\n")
 
     def _unknown(self, words: Sequence[str]) -> str:
-        option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+        option = next((match[1] for word in words if (match := _OPTION.fullmatch(word))), None)
         if option is None:
             return f"unexpected {' '.join(map(shlex.quote, words))}; a text of several words goes in quotes"
         known = re.findall(r"(?<![\w-])--[a-z][\w-]*", self.format_usage())
@@ -77,37 +81,40 @@ def add_sub_parser(parsers: Any, name: str, summary: str, example: str) -> argpa
     )
 
 
-def in_shell_words(message: str, names: Iterable[str]) -> str:
+def in_shell_words(message: str, arguments: Mapping[str, Any]) -> str:
     """A message that names arguments of Python, `num_images=0`, as the shell has them, `--num-images 0`.
 
     Args:
         message: One line.
-        names: The arguments, as argparse names them.
+        arguments: Those of the verb by their names, as argparse has them. Several numbers are typed as several words
+            where the argument is a list, and with commas elsewhere.
     """
-    known = sorted(names, key=len, reverse=True)
+    known = sorted(arguments, key=len, reverse=True)
     if not known:
         return message
-    value = r"\([^()]*\)|\[[^\[\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;:)]+"
+    value = r"\([^()]*\)|\[[^\[\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;:)/]+"
     message = re.sub(
-        rf"(?<![\w./-])({'|'.join(known)})=({value})", lambda m: f"{_option(m[1])} {_shell_value(m[2])}", message
+        rf"{_BEFORE}({'|'.join(known)})=({value}){_AFTER}",
+        lambda m: f"{_option(m[1])} {_shell_value(m[2], ' ' if isinstance(arguments[m[1]], list) else ',')}",
+        message,
     )
     long = "|".join(name for name in known if "_" in name)  # a name of one word could be just that word
-    return re.sub(rf"(?<![\w./-])({long})(?![\w./=])", lambda m: _option(m[1]), message) if long else message
+    return re.sub(rf"{_BEFORE}({long}){_AFTER}", lambda m: _option(m[1]), message) if long else message
 
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shell_value(text: str) -> str:
-    """What one types for a value that Python prints as `text`."""
+def _shell_value(text: str, separator: str) -> str:
+    """What one types for a value that Python prints as `text`; `separator` stands between several."""
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
     if isinstance(value, str):
         return shlex.quote(value)
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else text
+    return separator.join(shlex.quote(str(item)) for item in value) if isinstance(value, list | tuple) else text
 
 
 def _choice(name: str, given: str, choices: str) -> str:

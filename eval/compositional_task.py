@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
+from cm3.config import check_seed
 from cm3.errors import ConfigError
 from cm3.eval.compositional import CATEGORIES, compositional_prompts, grade
 from cm3.eval.exporters import new_folder, read_dpg_prompts, read_geneval_prompts, write_dpg, write_geneval
@@ -35,6 +36,7 @@ class DrawingPlan:
     def __post_init__(self) -> None:
         if self.samples_per_prompt < 1 or self.batch_size < 1:
             raise ConfigError("samples_per_prompt and batch_size must be at least 1")
+        check_seed(self.seed)
 
     def draw(self, model: CM3, prompts: Sequence[str]) -> list[list[PILImage.Image]]:
         """The pictures of each prompt."""

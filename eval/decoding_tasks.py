@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from cm3.config import to_dict
+from cm3.config import check_seed, to_dict
 from cm3.data.sources import SourceConfig, open_source
 from cm3.errors import ConfigError
 from cm3.eval.distances import Gaussian, frechet_estimate
@@ -91,8 +91,9 @@ class DecodingStudy:
             captions = [example.caption for example in examples]
             scores = _scores(model, encoder, captions, pictures, encoder.encode_images(pictures))
             right_M = np.array(right)
+            fits = {ranker: _fits(scores[ranker], len(numbers_N), most) for ranker in JUDGES}
             for ranker, count in product(JUDGES, self.samples):
-                chosen_N = _chosen(scores[ranker], numbers_N, most, count)
+                chosen_N = numbers_N * most + fits[ranker][:, :count].argmax(axis=1)
                 how = f"{arm}, best of {count} by {ranker}"
                 metrics[f"shape, colour and count right, {how}"] = share(right_M[chosen_N].tolist())
         record = self.scenes.protocol(
@@ -159,6 +160,7 @@ class PairDecodingStudy:
     def __post_init__(self) -> None:
         if not self.samples or min(self.samples) < 1 or self.num_rivals < 1:
             raise ConfigError(f"samples={list(self.samples)}, num_rivals={self.num_rivals}; choose 1 or more of each")
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
@@ -186,8 +188,9 @@ class PairDecodingStudy:
             seconds[arm] = (time.monotonic() - clock) / len(pictures)
             image_ME = encoder.encode_images(pictures)
             scores = _scores(model, encoder, captions, pictures, image_ME)
+            fits = {ranker: _fits(scores[ranker], len(numbers_N), most) for ranker in JUDGES}
             for ranker, count in product(JUDGES, self.samples):
-                chosen_N = _chosen(scores[ranker], numbers_N, most, count)
+                chosen_N = numbers_N * most + fits[ranker][:, :count].argmax(axis=1)
                 shown = {number: pictures[place] for number, place in enumerate(chosen_N)}
                 ranks = own_ranks(shown, originals, groups, self.thumbnail_side)
                 how = f"{arm}, best of {count} by {ranker}"
@@ -225,11 +228,10 @@ class PairDecodingStudy:
         return TaskResult("decoding of pairs", metrics, record, time.monotonic() - start)
 
 
-def _chosen(score: Score, numbers_N: np.ndarray, most: int, count: int) -> np.ndarray:
-    """The place of the best of the first `count` pictures of each text, of which each has `most`."""
-    fit_NS = score(np.repeat(numbers_N, most), np.arange(len(numbers_N) * most)).reshape(-1, most)
-    places_N: np.ndarray = numbers_N * most + fit_NS[:, :count].argmax(axis=1)
-    return places_N
+def _fits(score: Score, num_texts: int, most: int) -> np.ndarray:
+    """The score of every picture with its own text, of which each has `most`: [N, S]."""
+    texts_M = np.repeat(np.arange(num_texts), most)
+    return score(texts_M, np.arange(len(texts_M))).reshape(-1, most)
 
 
 def _ranker_definitions(name: str, encoder: Encoder) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image as PILImage
 
-from cm3.config import to_dict
+from cm3.config import check_seed, to_dict
 from cm3.data.sources import SourceConfig, open_source
 from cm3.errors import DataError
 from cm3.eval.caption_metrics import bleu_counts, bleu_of_counts, cider
@@ -202,6 +202,9 @@ class PictureMatching:
     """Pictures are compared at this size (box filter), by mean squared difference of RGB."""
     batch_size: int = 64
     """Pictures drawn at a time."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()

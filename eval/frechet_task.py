@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image as PILImage
 
-from cm3.config import to_dict
+from cm3.config import check_seed, to_dict
 from cm3.data.sources import SourceConfig, open_source
 from cm3.drawing import RANKERS, RankerName
 from cm3.errors import ConfigError
@@ -77,6 +77,7 @@ class FrechetDistance:
     def __post_init__(self) -> None:
         if self.samples_per_prompt < 1 or self.batch_size < 1 or not self.guidance_scales:
             raise ConfigError("samples_per_prompt, batch_size and the number of guidance_scales must be at least 1")
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
+from cm3.config import check_seed
 from cm3.eval.document_tasks import square_of
 from cm3.eval.image_metrics import psnr, ssim
 from cm3.eval.instruct_requests import COPIED, Part, ask, check_tasks, task_settings
@@ -44,6 +45,9 @@ class InstructionAnswers:
     """Seed of the sampling."""
     batch_size: int = 32
     """Rows of a task at a time; the answers do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()
@@ -99,6 +103,9 @@ class InstructionEdits:
     """Seed of the sampling."""
     batch_size: int = 32
     """Rows of a task at a time; the pictures do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()

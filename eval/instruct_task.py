@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cm3.config import check_seed
 from cm3.data.scene_tasks import DEFAULT_MIX, InstructionExample, SceneTasks
 from cm3.data.scene_world import SIDE
 from cm3.errors import ConfigError
@@ -41,6 +42,9 @@ class SceneInstructions:
     """Longest answer in text; null is what the model allows."""
     batch_size: int = 32
     """Examples of a task at a time; the answers do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from cm3.config import check_seed
 from cm3.data.sources import SourceConfig
 from cm3.drawing import RankerName
 from cm3.errors import DataError
@@ -112,6 +113,9 @@ class BoxGeneration:
     """Seed of the sampling."""
     batch_size: int = 64
     """Captions drawn at a time; the pictures do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()

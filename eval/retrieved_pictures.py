@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image as PILImage
 
+from cm3.config import check_seed
 from cm3.errors import ConfigError, DataError
 from cm3.eval.document_tasks import ALL, PairSet, caption_of, picture_of
 from cm3.eval.matching import chance_of_recall, nearer_than_others, own_ranks, recall
@@ -67,6 +68,7 @@ class RetrievedPictureMatching:
     def __post_init__(self) -> None:
         if not self.documents or max(self.documents) < 1:
             raise ConfigError(f"documents={list(self.documents)} retrieves none; name a number of 1 or more")
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()

@@ -86,6 +86,10 @@ class EvalRun:
     """The same on any captioned pictures."""
 
 
+TASKS = tuple(field.name for field in fields(EvalRun) if field.name not in ("model", "quantize", "output"))
+"""The fields of `EvalRun` that are tasks."""
+
+
 def load_evaluation(config_path: str, overrides: Sequence[str] = ()) -> EvalRun:
     """Read an evaluation config.
 
@@ -106,8 +110,7 @@ def load_evaluation(config_path: str, overrides: Sequence[str] = ()) -> EvalRun:
 
 def tasks_of(config: EvalRun) -> dict[str, Any]:
     """The tasks of an evaluation by their names, less those that are left out."""
-    names = [field.name for field in fields(config) if field.name not in ("model", "quantize", "output")]
-    return {name: task for name in names if (task := getattr(config, name))}
+    return {name: task for name in TASKS if (task := getattr(config, name))}
 
 
 def evaluate(config_path: str, overrides: Sequence[str] = ()) -> str:

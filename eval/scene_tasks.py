@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cm3.config import check_seed
 from cm3.data.scene_world import COLORS, SHAPES, SIDE, SIZES, SceneObject
 from cm3.data.scenes import NOVEL_PAIRS, SceneDataset
 from cm3.drawing import RankerName
@@ -31,6 +32,9 @@ class SceneSet:
     """Seed of the scenes, and of the sampling."""
     size: int = 200
     """Number of scenes."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def open(self) -> SceneDataset:
         """The scenes, with captions and statements."""

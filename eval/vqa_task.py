@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.checkpoint import write_json
+from cm3.config import check_seed
 from cm3.errors import ConfigError, DataError
 from cm3.eval.document_tasks import ALL, square_of
 from cm3.eval.instruct_requests import ask, task_settings
@@ -70,6 +71,7 @@ class VisualQuestions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}; choose 1 or more")
+        check_seed(self.seed)
 
     def run(self, model: CM3) -> TaskResult:
         start = time.monotonic()

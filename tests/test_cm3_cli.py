@@ -100,8 +100,10 @@ def test_documents_are_on_record_and_what_does_not_fit_is_left_out(model_folder,
     code, printed, warnings = run(capsys, *words, "--retrieve", 20)
     fitting, left_out = (json.loads(printed)[name] for name in ("retrieved", "left_out"))
     assert code == 0 and fitting[:2] == record["retrieved"] and 2 <= len(fitting) < len(fitting + left_out) == 20
-    end = "requests and were left out, the least similar first; --json names them\n"
-    assert warnings == f"warning: {len(left_out)} retrieved documents did not fit the context of 1 of 1 {end}"
+    end = "did not fit the context of the request; left out, the least similar first; --json names them\n"
+    assert warnings == f"warning: {len(left_out)} retrieved documents {end}"
+    code, printed, warnings = run(capsys, *words, "--retrieve", len(fitting) + 1)
+    assert json.loads(printed)["left_out"] == left_out[:1] and warnings == f"warning: 1 retrieved document {end}"
 
     words = ("generate", "a red star", "a blue box", "--num-images", 2, "--retrieve", 20, "--out", tmp_path, *memory)
     code, _, warnings = run(capsys, *words)
@@ -187,7 +189,7 @@ def test_an_unknown_model_is_refused(capsys):
         (["generate", "a star", "--guidance-interval", "0.5"], "START,STOP"),
         (["answer", "photo.png"], "question"),
         (["edit", "photo.png", "make it red", "--image-guidance-scale", "much"], "--image-guidance-scale"),
-        (["generate", "a star", "--seed", "-1"], "'-1' is no seed; choose a whole number of 0 or more"),
+        (["generate", "a star", "--seed", "-1"], "'-1' is no seed; choose a whole number from 0 to 2**63 - 1"),
         (["bench", "index", "--seed", "one"], "'one' is no seed"),
     ],
 )

@@ -1,21 +1,28 @@
 """`cm3 show` of evaluations: model, tasks and examples, from the config and what is here."""
 
 import json
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import yaml
 
 from cm3.checkpoint import read_json
 from cm3.cli import main
 from cm3.config import STAGE_KEY, read_yaml
+from cm3.data.sources import SourceConfig
 from cm3.data.tutorial import write_tutorial
-from cm3.eval.run import load_evaluation, tasks_of
+from cm3.errors import ConfigError
+from cm3.eval.run import TASKS, EvalRun, load_evaluation, tasks_of
 from cm3.eval.show import examples_of, show_evaluation
 from cm3.model.config import ModelConfig, parameter_count
 from cm3.pretrained import demo_folder
+from cm3.training.stages import config_class_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-EVALUATIONS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if STAGE_KEY not in read_yaml(path)]
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+EVALUATIONS = [path for path in FILES if STAGE_KEY not in read_yaml(path)]
 
 
 def shown(capsys, *words):
@@ -28,7 +35,9 @@ def test_every_evaluation_says_what_it_measures_on(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = load_evaluation(str(path))
     report = show_evaluation(config)
-    assert "null" not in report.partition("\nmodel ")[0].split("\n")[2], "tasks that are left out are not shown"
+    settings = yaml.safe_load(report.partition("\n\nmodel ")[0])
+    left_out = {"quantize"} if config.quantize is None else set()
+    assert set(settings) == {"model", "quantize", "output", *tasks_of(config)} - left_out, "what is null is not shown"
     for name, task in tasks_of(config).items():
         examples = examples_of(task)
         assert examples and f"  {name}" in report and examples in report
@@ -82,7 +91,42 @@ def test_a_config_of_another_verb_is_sent_there(verb, config, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_a_file_that_is_neither_is_refused(tmp_path, capsys):
-    (tmp_path / "notes.yaml").write_text("title: nothing\n")
+@pytest.mark.parametrize("text", ["title: nothing\n", "output: x\nmodel: {width: 64}\ndata: {train: y}\n"])
+def test_a_file_that_is_neither_is_refused(text, tmp_path, capsys):
+    (tmp_path / "notes.yaml").write_text(text)
     assert main(["show", str(tmp_path / "notes.yaml")]) == 2
     assert "has no key stage; it is one of" in capsys.readouterr().err
+
+
+def test_no_setting_of_training_has_the_name_of_a_task():
+    trained = {config_class_of(str(path)) for path in FILES if path not in EVALUATIONS}
+    assert len(trained) >= 5
+    assert not {field.name for kind in trained for field in fields(kind)} & set(TASKS)
+
+
+def parts_of(settings):
+    yield settings
+    for field in fields(settings):
+        if is_dataclass(value := getattr(settings, field.name)):
+            yield from parts_of(value)
+
+
+def kinds_of(settings_class):
+    yield settings_class
+    for hint in get_type_hints(settings_class).values():
+        for kind in filter(is_dataclass, (hint, *get_args(hint))):
+            yield from kinds_of(kind)
+
+
+def test_a_seed_that_random_generators_do_not_take_is_refused(capsys):
+    parts = [part for path in EVALUATIONS for part in parts_of(load_evaluation(str(path)))]
+    seeded = {type(part): part for part in parts if hasattr(part, "seed")}
+    assert set(seeded) == {kind for kind in kinds_of(EvalRun) if hasattr(kind, "seed")}
+    del seeded[SourceConfig]  # of the rows, and no part of an evaluation alone
+    assert len(seeded) > 8
+    for part in seeded.values():
+        for seed in (-1, 1 << 31):
+            with pytest.raises(ConfigError, match=f"seed={seed}; choose 0 to 2147483647"):
+                replace(part, seed=seed)
+    assert main(["eval", str(CONFIGS / "demo" / "eval.yaml"), "--scene_generation.scenes.seed", "-1"]) == 2
+    assert capsys.readouterr().err == "error: seed=-1; choose 0 to 2147483647\n"

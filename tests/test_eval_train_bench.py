@@ -213,5 +213,5 @@ def test_impossible_settings_are_refused(capsys):
         LoaderBench(batches=0)
     assert main(["bench", "loss", "--width", "100"]) == 2
     assert capsys.readouterr().err == (
-        "error: --width 100, --chunks 2048,512; choose a multiple of 64, and chunks of 1 or more\n"
+        "error: --width 100, --chunks 2048 512; choose a multiple of 64, and chunks of 1 or more\n"
     )

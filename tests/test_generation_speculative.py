@@ -70,7 +70,9 @@ def text_requests():
 
 
 def run(engine, pairs, window=0):
-    chosen = [dataclasses.replace(settings, speculative_window=window) for _, settings in pairs]
+    """The ids of all samples, with one window for all requests or one for each."""
+    windows = [window] * len(pairs) if isinstance(window, int) else window
+    chosen = [dataclasses.replace(pair[1], speculative_window=own) for pair, own in zip(pairs, windows, strict=True)]
     outputs = engine.run([request for request, _ in pairs], chosen)
     return [[ids.tolist() for ids in samples] for samples in outputs]
 
@@ -144,12 +146,13 @@ def test_a_row_does_not_depend_on_its_neighbours(engine):
 
 def chain_engine(following):
     """A model that draws, from the codes, the one that follows the last id alone."""
+    known = (VOCABULARY.break_id, *map(VOCABULARY.sentinel_id, range(2)), *range(IMAGE.start, IMAGE.stop))
     size = VOCABULARY.size
     model = build_model(width=size, tie_embeddings=False, zero_init_outputs=True, position="rope", max_positions=32)
     with torch.no_grad():
         model.embedding.weight.copy_(torch.eye(size))
         model.head.weight.zero_()
-        for id in (VOCABULARY.break_id, *range(IMAGE.start, IMAGE.stop)):
+        for id in known:
             model.head.weight[following(id), id] = 1
     return Engine(model, VOCABULARY)
 
@@ -162,6 +165,21 @@ def test_right_guesses_fill_the_window(window, expected):
     engine = chain_engine(lambda id: IMAGE.start)  # the first guess, and the last code again: always right
     assert passes(engine, GREEDY_PICTURE, window)[1:] == expected
     assert run(engine, GREEDY_PICTURE, window) == [[[IMAGE.start] * 16]]
+
+
+def test_what_the_grammar_names_is_guessed_from_the_first_pass_on():
+    """Two spans of two codes, each with its end, and the sentinel between them."""
+    infill = [(PROMPTS.infill_image(CODES, BOX, [8]), SamplingSettings(temperature=0.0))]
+    engine = chain_engine(lambda id: IMAGE.start)
+    plain = run(engine, infill)
+    assert len(plain[0][0]) == 7
+    assert passes(engine, infill, 16)[1:] == [(1, 7)]
+    assert run(engine, infill, 16) == plain
+
+
+def test_the_widest_window_of_a_batch_counts():
+    engine = chain_engine(lambda id: IMAGE.start)
+    assert passes(engine, GREEDY_PICTURE * 3, (0, 16, 5))[1:] == [(3, 16)]
 
 
 def test_wrong_guesses_cost_no_more_passes_than_plain_decoding():

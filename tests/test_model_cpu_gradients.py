@@ -120,13 +120,16 @@ def test_causal_attention_is_torchs(batch, num_heads, num_tokens, block_queries,
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spread", [1.0, 3.0])
-def test_causal_attention_is_as_exact_as_torchs_in_bfloat16(spread):
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_causal_attention_is_as_exact_as_torchs_in_bfloat16(spread, autocast):
     """Also where scores are large, whose rounding to 16 bit would show."""
     inputs = [x.to(torch.bfloat16) for x in qkv(1, 2, 300, 32)]
     inputs[:2] = [spread * x for x in inputs[:2]]
     exact = with_gradients(own_gradient, [x.double() for x in inputs])
-    torchs, found = with_gradients(own_gradient, inputs), with_gradients(CausalAttention.apply, inputs)
+    torchs = with_gradients(own_gradient, inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = with_gradients(CausalAttention.apply, inputs)
     for actual, own, expected in zip(found, torchs, exact, strict=True):
         assert actual.dtype == torch.bfloat16
         assert relative_error(actual, expected) <= 1.5 * relative_error(own, expected) < 0.02
@@ -195,6 +198,17 @@ def test_a_chameleon_learns_what_it_learns_in_float32(kind):
     for (name, actual), parameter in zip(model.named_parameters(), exact.parameters(), strict=True):
         similarity = F.cosine_similarity(actual.grad.float().flatten(), parameter.grad.flatten(), dim=0)
         assert similarity > 0.97, name
+
+
+def test_autocast_rounds_nothing_of_float32():
+    """Not even where the gradient is taken inside of it."""
+    x, weight = rms_inputs((2, 5, 48), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        norm = with_gradients(lambda x, w: RmsNorm.apply(x, w, 1e-5), [x, weight])
+        attention = with_gradients(CausalAttention.apply, qkv(1, 2, 40, 8))
+    expected = with_gradients(lambda x, w: RmsNorm.apply(x, w, 1e-5), [x, weight])
+    expected += with_gradients(CausalAttention.apply, qkv(1, 2, 40, 8))
+    assert all(torch.equal(a, b) for a, b in zip(norm + attention, expected, strict=True))
 
 
 def test_checkpointing_changes_no_gradient():

@@ -1,15 +1,18 @@
 """Weights of 8 bits: how far they are from the real ones, every way of multiplying with them, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cm3.errors import ModelFilesError, RequestError
+from cm3.generation.engine import Engine
 from cm3.model import quantized
 from cm3.model.cache import KeyValueCache
 from cm3.model.config import ModelConfig
-from cm3.model.lora import load_adapter
+from cm3.model.lora import load_adapter, weights_hash
 from cm3.model.quantized import (
     Int8Linear,
     check_quantization,
@@ -20,6 +23,7 @@ from cm3.model.quantized import (
     quantize_rows,
 )
 from cm3.model.transformer import Transformer
+from cm3.tokenizers.vocabulary import Vocabulary
 
 KINDS = {
     "cm3leon": {},
@@ -83,15 +87,16 @@ def test_two_digits_are_the_row(seed, size, dtype):
 @pytest.mark.parametrize("path", ["digits", "packed", "widened"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (2, 1), (3,), (2, 3, 3), (128,), (129,)])
-def test_every_way_of_multiplying_gives_the_same(monkeypatch, path, dtype, shape):
+@pytest.mark.parametrize("width", [20, 40, 64, 100])
+def test_every_way_of_multiplying_gives_the_same(monkeypatch, path, dtype, shape, width):
     """The product with the rounded weights: to 16 bits where digits are multiplied, else as their type allows."""
     if path == "digits" and not torch.cpu._is_vnni_supported():
         pytest.skip("this processor has no products of 8 bits")
     monkeypatch.setattr(quantized, "_DIGIT_ROWS", range(1, 1000) if path == "digits" else range(0))
     monkeypatch.setattr(quantized, "_PACKED_ROWS", range(1, 1000) if path == "packed" else range(0))
-    monkeypatch.setattr(quantized, "_BLOCK_SIZE", 5 * 64)
-    rounded_ND, scale_N = quantize_rows(random(48, 64, seed=1, size=0.02))
-    x_BD = torch.randn(*shape, 64).to(dtype)
+    monkeypatch.setattr(quantized, "_BLOCK_SIZE", 5 * width)
+    rounded_ND, scale_N = quantize_rows(random(48, width, seed=1, size=0.02))
+    x_BD = torch.randn(*shape, width, generator=torch.Generator().manual_seed(2)).to(dtype)
     found_BN = int8_product(x_BD, rounded_ND, scale_N.to(dtype))
     expected_BN = x_BD.double() @ (scale_N[:, None] * rounded_ND).double().T
     assert found_BN.shape == (*shape, 48) and found_BN.dtype == dtype
@@ -162,20 +167,27 @@ def test_decoding_with_a_cache_is_the_whole_pass():
 
 
 def test_a_quantized_model_is_frozen_and_refuses_to_be_trained():
-    model = transformer_of("cm3leon")
+    """The refusal changes nothing: a decoding engine puts a model back into the mode that it found."""
+    engine = Engine(transformer_of("cm3leon"), Vocabulary.build(20, 12, num_sentinels=2, multiple=8))
+    model, sequences = engine.model, [([3, 4, 5], [6, 7])]
     quantize_blocks(model)
+    before = engine.score(sequences)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    model.eval()
     with pytest.raises(RequestError, match="a model with int8 weights cannot be trained; load it without quantize"):
         model.train()
+    assert not any(module.training for module in model.modules())
+    assert engine.score(sequences) == before
+    assert model.eval() is model
 
 
 def test_an_adapter_does_not_fit_rounded_weights(tmp_path):
+    """Though it was trained on these weights before they were rounded."""
     model = transformer_of("cm3leon")
-    quantize_blocks(model)
+    base_hash = weights_hash(model)
     (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "base.json").write_text('{"weights_hash": "abc", "model": "base"}')
-    with pytest.raises(ModelFilesError, match="belongs to the weights abc of base, found "):
+    (tmp_path / "base.json").write_text(json.dumps({"weights_hash": base_hash, "model": "base"}))
+    quantize_blocks(model)
+    with pytest.raises(ModelFilesError, match=f"belongs to the weights {base_hash[:12]} of base, found "):
         load_adapter(model, tmp_path)
 
 

@@ -17,7 +17,8 @@ class ImageTokenizerRun:
     data: SourceConfig
     """Pictures to learn from; captions are not used (`text_columns: []` does not ask for them)."""
     more_data: dict[str, SourceConfig] = field(default_factory=dict)
-    """Further sources, each under a name; every picture of all of them is equally likely."""
+    """Further sources, each under a name; every picture of all of them is equally likely (of more than
+    `max_images_in_memory` rows, every row, by its first picture)."""
     validation: SourceConfig | None = None
     """Held-out pictures for PSNR and codebook usage; null is none."""
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)

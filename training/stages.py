@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 from cm3.config import STAGE_KEY, dump_config, load_config, read_yaml
 from cm3.errors import ConfigError
-from cm3.eval.run import EvalRun, load_evaluation
+from cm3.eval.run import TASKS, load_evaluation
 from cm3.eval.show import show_evaluation
 from cm3.training import image_tokenizer, retriever, text_tokenizer
 from cm3.training import prepare as preparation
@@ -46,7 +45,7 @@ def prepare(path: str, overrides: Sequence[str] = ()) -> None:
 def show(path: str, overrides: Sequence[str] = ()) -> str:
     """Return the resolved config of any stage; for a model also its size, FLOPs and memory, for an evaluation its
     examples. Runs nothing."""
-    if STAGE_KEY not in (values := read_yaml(path)) and values.keys() & {field.name for field in fields(EvalRun)}:
+    if STAGE_KEY not in (values := read_yaml(path)) and values.keys() & set(TASKS):
         return show_evaluation(load_evaluation(path, overrides))
     config_class, _ = _stage(path, _TRAINED | _PREPARED)
     config: Any = load_config(config_class, path, overrides)

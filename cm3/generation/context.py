@@ -69,10 +69,9 @@ def left_out_summary(left_out: Sequence[Sequence[ContextDocument]]) -> str | Non
     counts = [len(items) for items in left_out if items]
     if not counts:
         return None
-    return (
-        f"{sum(counts)} retrieved documents did not fit the context of {len(counts)} of {len(left_out)} requests and "
-        "were left out, the least similar first"
-    )
+    documents = "1 retrieved document" if sum(counts) == 1 else f"{sum(counts)} retrieved documents"
+    requests = "the request" if len(left_out) == 1 else f"{len(counts)} of {len(left_out)} requests"
+    return f"{documents} did not fit the context of {requests}; left out, the least similar first"
 
 
 class ContextFinder:

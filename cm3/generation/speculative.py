@@ -96,7 +96,8 @@ def run_ahead(
     place_1M = torch.arange(width, device=last_B.device)[None]
     ids_BT = torch.cat([named_BT, named_BT[:, :1]], dim=1)  # the last place is spare, for what does not count
     done_B = torch.zeros_like(num_new_B)
-    fed_BM = torch.cat([last_B[:, None], torch.full_like(named_BT[:, : width - 1], image_ids[0])], dim=1)
+    guessed_BM = named_BT[:, : width - 1]
+    fed_BM = torch.cat([last_B[:, None], guessed_BM.where(guessed_BM != DRAWN, image_ids[0])], dim=1)
     owners, lengths, left = owner_R.tolist(), cache.lengths_B.tolist(), num_new_B.tolist()
     while any(left):
         new_B = (num_new_B - done_B).clamp(max=width)

@@ -65,12 +65,13 @@ class CausalAttention(torch.autograd.Function):
         scaled_q_MTK, wide_k_MTK = q_MTK.to(wide) * q_MTK.shape[-1] ** -0.5, k_MTK.to(wide)
         future_TT = q_MTK.new_full((_BLOCK_QUERIES, _BLOCK_QUERIES), float("-inf"), dtype=wide).triu_(1)
         out_MTK, kept = torch.empty_like(q_MTK), []
-        for asking, seen in _blocks(*q_MTK.shape[:2]):
-            scores = scaled_q_MTK[asking] @ wide_k_MTK[seen].mT
-            queries = scores.shape[1]
-            scores[..., -queries:] += future_TT[:queries, :queries]
-            kept.append(scores.softmax(dim=-1).to(q_MTK.dtype))
-            out_MTK[asking] = kept[-1] @ v_MTK[seen]
+        with torch.autocast("cpu", enabled=False):  # which would round the scores to 16 bit
+            for asking, seen in _blocks(*q_MTK.shape[:2]):
+                scores = scaled_q_MTK[asking] @ wide_k_MTK[seen].mT
+                queries = scores.shape[1]
+                scores[..., -queries:] += future_TT[:queries, :queries]
+                kept.append(scores.softmax(dim=-1).to(q_MTK.dtype))
+                out_MTK[asking] = kept[-1] @ v_MTK[seen]
         ctx.save_for_backward(q_MTK, k_MTK, v_MTK, *kept)
         return out_MTK.view(q_BNTK.shape)
 
@@ -81,12 +82,13 @@ class CausalAttention(torch.autograd.Function):
         grad_MTK = grad_BNTK.flatten(0, 1)
         wide = torch.promote_types(q_MTK.dtype, torch.float32)
         grad_q, grad_k, grad_v = (torch.zeros_like(q_MTK, dtype=wide) for _ in range(3))
-        for (asking, seen), weights in zip(_blocks(*q_MTK.shape[:2]), kept, strict=True):
-            grad_weights = grad_MTK[asking] @ v_MTK[seen].mT
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_q[asking] = grad_scores @ k_MTK[seen]
-            grad_k[seen] += grad_scores.mT @ q_MTK[asking]
-            grad_v[seen] += weights.mT @ grad_MTK[asking]
+        with torch.autocast("cpu", enabled=False):  # where the gradient of float32 inputs is taken inside of one
+            for (asking, seen), weights in zip(_blocks(*q_MTK.shape[:2]), kept, strict=True):
+                grad_weights = grad_MTK[asking] @ v_MTK[seen].mT
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_q[asking] = grad_scores @ k_MTK[seen]
+                grad_k[seen] += grad_scores.mT @ q_MTK[asking]
+                grad_v[seen] += weights.mT @ grad_MTK[asking]
         scale = q_MTK.shape[-1] ** -0.5
         grads_MTK = (grad_q.mul_(scale), grad_k.mul_(scale), grad_v)
         return tuple(x_MTK.to(q_MTK.dtype).view(grad_BNTK.shape) for x_MTK in grads_MTK)

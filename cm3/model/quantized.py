@@ -28,6 +28,9 @@ _HAS_WHOLE_PRODUCTS = torch.cpu._is_vnni_supported()
 _PACKED_ROWS = range(1, 3) if _HAS_WHOLE_PRODUCTS else range(1, 33)
 """For which numbers of rows in bf16 torch's own product was measured to be the fastest with 8 bits on a CPU."""
 
+_PACKED_STEP = 16
+"""Inputs that this product reads at once, without looking whether so many are left in the row."""
+
 _DIGIT_ROWS = range(1, 129) if _HAS_WHOLE_PRODUCTS else range(0)
 """For which other numbers of rows products of digits were."""
 
@@ -46,13 +49,6 @@ class Int8Linear(nn.Module):
         rounded_ND, scale_N = quantize_rows(weight_ND)
         self.register_buffer("weight", rounded_ND)
         self.register_buffer("scale", scale_N.to(weight_ND.dtype))
-        self.training = False
-
-    def train(self, mode: bool = True) -> "Int8Linear":
-        """Refuse to be trained: nothing smaller than a step of the rounding could be learned."""
-        if mode:
-            raise RequestError("a model with int8 weights cannot be trained; load it without quantize")
-        return super().train(mode)
 
     def forward(self, x_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B N"]:
         return int8_product(x_BD, self.weight, self.scale)
@@ -72,13 +68,14 @@ def quantize_blocks(transformer: Transformer) -> None:
 
     Embedding and head are a small part of a large model, and one tensor where they are tied: what reads it, the
     decoding engine and the loss, finds there the type to compute in. The model is frozen and in evaluation mode
-    afterwards.
+    afterwards, and stays so: nothing smaller than a step of the rounding could be learned.
     """
     for module in list(transformer.blocks.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child.weight.detach()))
     transformer.requires_grad_(False).eval()
+    transformer.refuses_training = "a model with int8 weights cannot be trained; load it without quantize"
 
 
 def is_quantized(transformer: Transformer) -> bool:
@@ -102,12 +99,13 @@ def int8_product(
 ) -> Float[Tensor, "*B N"]:
     """`F.linear` with the weights `scale_N[:, None] * weight_ND`.
 
-    On a CPU a row or two go to torch's kernel, and up to 128 are multiplied as whole numbers, see `digits`. Else the
-    weights are widened first, which `torch.compile` can do within the product on a GPU.
+    On a CPU a row or two go to torch's kernel if their width suits it, and up to 128 are multiplied as whole numbers,
+    see `digits`. Else the weights are widened first, which `torch.compile` can do within the product on a GPU.
     """
     num_rows = x_BD.numel() // x_BD.shape[-1]
     is_cpu = x_BD.device.type == "cpu"
-    if is_cpu and x_BD.dtype == torch.bfloat16 and num_rows in _PACKED_ROWS:
+    can_be_packed = x_BD.dtype == torch.bfloat16 and weight_ND.shape[1] % _PACKED_STEP == 0
+    if is_cpu and can_be_packed and num_rows in _PACKED_ROWS:
         x_RD = x_BD.reshape(num_rows, -1).contiguous()
         return torch._weight_int8pack_mm(x_RD, weight_ND, scale_N.bfloat16()).unflatten(0, x_BD.shape[:-1])
     if is_cpu and num_rows in _DIGIT_ROWS:

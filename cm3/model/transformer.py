@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cm3.errors import ConfigError
+from cm3.errors import ConfigError, RequestError
 from cm3.model.attention import Backend
 from cm3.model.cache import KeyValueCache, LayerCache
 from cm3.model.config import ModelConfig
@@ -58,6 +58,7 @@ class Transformer(nn.Module):
     Attributes:
         activation_checkpointing: recompute every block in the backward pass, keep no activations in it.
         attention_backend: see `cm3.model.attention.attend`.
+        refuses_training: why training mode is refused, for the error that says so; empty if it is not.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -65,6 +66,7 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.attention_backend: Backend = "auto"
+        self.refuses_training = ""
         self.embedding = nn.Embedding(config.vocabulary_size, config.width)
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.max_positions, config.width) if learned else None
@@ -161,6 +163,12 @@ class Transformer(nn.Module):
                 f"a document of {longest} tokens was given, but model.max_positions="
                 f"{self.config.max_positions}; shorten it or raise max_positions"
             )
+
+    def train(self, mode: bool = True) -> "Transformer":
+        """Put all parts in training or evaluation mode; RequestError before any of them changes, if that is refused."""
+        if mode and self.refuses_training:
+            raise RequestError(self.refuses_training)
+        return super().train(mode)
 
     @property
     def head_weight_VD(self) -> Float[Tensor, "V D"]:

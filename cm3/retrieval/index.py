@@ -168,6 +168,7 @@ def exact_search(
 
     P scores that may be among the best   C columns: the best so far, then those of the chunk
     """
+    assert k >= 1, f"k={k}"
     scores_NK = np.full((len(queries_NE), k), -np.inf, dtype=np.float32)
     rows_NK = np.full((len(queries_NE), k), -1, dtype=np.int64)
     for start, chunk_ME in _chunks(vectors_ME, chunk_rows):
