@@ -43,7 +43,8 @@ class RmsNorm(torch.autograd.Function):
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight_D.shape, no_mean, inverse, weight_D.to(inverse.dtype), None, only_x
         )
-        grad_x += (grad @ weight_D)[..., None] * (inverse / x.shape[-1])
+        with torch.autocast("cpu", enabled=False):  # which would round the product to 16 bit
+            grad_x += (grad @ weight_D)[..., None] * (inverse / x.shape[-1])
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
         # Not by that kernel too: in 16 bit it adds up the rows in 16 bit.
