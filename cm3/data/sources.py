@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image as PILImage
 
+from cm3.config import check_seed
 from cm3.data import readers
 from cm3.data.instruct import InstructFile
 from cm3.data.scene_tasks import DEFAULT_MIX, SceneTasks
@@ -94,6 +95,7 @@ class SourceConfig:
             raise ConfigError(f"limit={self.limit} leaves no rows; give a positive number, or null for all rows")
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise ConfigError(f"max_bad_fraction={self.max_bad_fraction} is not a share; give a number from 0 to 1")
+        check_seed(self.seed)
 
 
 class Reader(Protocol):
