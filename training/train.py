@@ -50,11 +50,11 @@ def run(config: ModelRun) -> Path | None:
         ModelFilesError: no checkpoint of the run is good, one cannot be written, or there is no model to start from.
         DivergedError: too many steps in a row had a loss or gradient that is not finite.
     """
-    train_data, validation_data = open_data(config)  # what is missing is said before the settings are printed
     start_distributed()
     if config.wandb_project is not None:
         require_wandb()
     accumulation = config.accumulation_steps(world_size())
+    train_data, validation_data = open_data(config)  # what is missing is said before the settings are printed
     output, yaml = Path(config.output), dump_config(config, stage="model")
     if config.initialize_from is not None:
         source = config.initialize_from
