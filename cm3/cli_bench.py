@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index.add_argument("--vectors", type=int, default=1_000_000, metavar="N", help="(default: 1000000)")
     index.add_argument("--width", type=int, default=512, metavar="N", help="numbers of a vector (default: 512)")
     kinds = ["flat", "hnsw", "ivf", "ivf-pq"]
-    index.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND", help=_some_of(kinds))
+    index.add_argument("--kinds", nargs="+", choices=kinds, metavar="KIND", help=_some_of(kinds))
     index.add_argument("--queries", type=int, default=512, metavar="N", help="(default: 512)")
 
     train = add_sub_parser(
@@ -133,9 +133,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _index(settings: dict) -> Iterator[str]:
     from cm3.eval.index_bench import IndexBench, measure, table
+    from cm3.retrieval.index import has_faiss
 
+    is_limited = settings["kinds"] is None and not has_faiss()
+    if settings["kinds"] is None:
+        settings = {**settings, "kinds": ("flat",) if is_limited else IndexBench.kinds}
     config = IndexBench(**settings)
-    return table(config, measure(config))
+    yield from table(config, measure(config))
+    if is_limited:
+        yield "hnsw, ivf and ivf-pq need FAISS, which is not installed; run: pip install 'open-cm3[retrieval]'"
 
 
 def _train(settings: dict) -> Iterator[str]:

@@ -82,5 +82,6 @@ def test_the_commands_of_the_readme_parse():
 
 
 def test_the_launch_in_the_readme_splits_a_step_evenly():
-    [(processes, path, overrides)] = re.findall(r"torchrun --nproc_per_node (\d+) -m cm3 train (\S+) ?([^`]*)`", README)
+    text = (ROOT / "configs/launch/README.md").read_text(encoding="utf-8")
+    [(processes, path, overrides)] = re.findall(r"torchrun --nproc_per_node (\d+) -m cm3 train (\S+) ?([^`]*)`", text)
     assert load_config(ModelRun, ROOT / path, overrides.split()).accumulation_steps(int(processes)) == 1

@@ -6,6 +6,7 @@ import pytest
 from cm3.cli import main
 from cm3.errors import ConfigError
 from cm3.eval.index_bench import IndexBench, measure_kind, random_queries, random_vectors, recall
+from cm3.retrieval import index as cm3_index
 from cm3.retrieval.index import exact_search, has_faiss
 
 BENCH = IndexBench(vectors=3000, width=32, queries=70)
@@ -53,8 +54,15 @@ def test_the_command_prints_a_table(capsys):
     assert (row[0].strip(), row[6].strip()) == ("flat", "1.000")
 
 
+def test_without_faiss_the_exact_scan_is_measured_alone(capsys, monkeypatch):
+    monkeypatch.setattr(cm3_index, "has_faiss", lambda: False)
+    assert main(["bench", "index", "--vectors", "300", "--width", "8", "--queries", "5"]) == 0
+    *_, row, note = capsys.readouterr().out.splitlines()
+    assert row.startswith("| flat |") and note.startswith("hnsw, ivf and ivf-pq need FAISS")
+
+
 def test_impossible_settings_are_refused(capsys):
     with pytest.raises(ConfigError, match="queries=0; choose 1 or more"):
         IndexBench(queries=0)
     assert main(["bench", "index", "--vectors", "1"]) == 2
-    assert capsys.readouterr().err == "error: vectors=1; choose 2 or more\n"
+    assert capsys.readouterr().err == "error: --vectors 1; choose 2 or more\n"

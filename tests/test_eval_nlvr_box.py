@@ -116,6 +116,7 @@ class Parrot:
 
     image_size = 64
     hash = "parrot"
+    precision = "fp32"
     tokenizer = SimpleNamespace(hash="parrot")
 
     def __init__(self, drawn, captions):

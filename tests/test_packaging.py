@@ -114,7 +114,7 @@ def test_the_public_names_lead_to_their_homes():
         "except AttributeError as error: print(error)"
     )
     homes, error = run(code).splitlines()
-    assert homes == "cm3.pipeline" + " cm3.tokenizers.document" * 3
+    assert homes == "cm3.pipeline" + " cm3.tokenizers.segments" * 3
     assert error == "module 'cm3' has no attribute 'nothing'"
 
 

@@ -56,7 +56,7 @@ def describe(
         requests.append(replace(request, max_new_tokens=MAX_CAPTION_TOKENS).fitted(max_positions))
         counts.append(count)
     settings = model.sampling({"temperature": 0.0, **sampling, **UNGUIDED})
-    texts = [model.text_of(samples[0]) for samples in model.engine.run(requests, settings)]
+    texts = [model.text_of(samples[0]).strip() for samples in model.engine.run(requests, settings)]
     return [
         Caption(text, tuple(items[:count]), tuple(items[count:]))
         for text, items, count in zip(texts, found, counts, strict=True)
