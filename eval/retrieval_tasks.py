@@ -31,7 +31,11 @@ _GRADER = "cm3.eval.scenes.matches on what read_scene sees"
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievedLikelihood:
-    """Bits of held-out pairs behind 0, 1, 2, ... documents that their captions retrieve; only the pairs count."""
+    """Bits of held-out pairs behind 0, 1, 2, ... documents that their captions retrieve; only the pairs count.
+
+    The control: as many documents as the most, those that the next pair retrieved. What they take off is not what
+    retrieval is worth, but any documents.
+    """
 
     pairs: PairSet
     """The held-out documents."""
@@ -57,18 +61,19 @@ class RetrievedLikelihood:
         # with its metadata, by which a row that is in the memory is not found for itself
         requests = [Document((Text(caption_of(document)),), document.metadata) for document in documents]
         found = finder.find(requests, max(self.documents))
+        contexts = {f"{count} documents": [items[:count] for items in found] for count in self.documents}
+        if max(self.documents):
+            contexts[f"{max(self.documents)} documents of the next pair"] = [*found[1:], *found[:1]]
         metrics: dict[str, Estimate] = {}
-        for count in self.documents:
-            scores = [
-                _own_bits(model, items[:count], document) for items, document in zip(found, tokenized, strict=True)
-            ]
+        for context, lists in contexts.items():
+            scores = [_own_bits(model, items, document) for items, document in zip(lists, tokenized, strict=True)]
             text_bits, text_ids, image_bits, image_codes = zip(*scores, strict=True)
             for group, members in self.pairs.groups(documents):
                 for name, bits, units in (
                     ("bits per image code", image_bits, image_codes),
                     ("bits per text id", text_bits, text_ids),
                 ):
-                    metrics[f"{name}, {count} documents, {group}"] = ratio(
+                    metrics[f"{name}, {context}, {group}"] = ratio(
                         [bits[i] for i in members], [units[i] for i in members]
                     )
         record = protocol(

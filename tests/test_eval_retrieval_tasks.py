@@ -7,6 +7,7 @@ import torch
 
 from cm3.data.sources import SourceConfig, open_source
 from cm3.errors import ConfigError
+from cm3.eval import retrieval_tasks
 from cm3.eval.document_tasks import PairSet
 from cm3.eval.likelihood import Likelihood
 from cm3.eval.retrieval_tasks import RetrievedLikelihood, RetrievedSceneGeneration
@@ -66,6 +67,24 @@ def test_likelihood_counts_only_the_pair_itself(model, memory):
     for kind in ("bits per image code", "bits per text id"):
         estimate = result.metrics[f"{kind}, 1 documents, all"]
         assert 0 < estimate.value < 4 * math.log2(model.tokenizer.vocabulary.size)
+
+
+def test_the_control_reads_what_another_pair_retrieved(model, memory, monkeypatch):
+    found = [[items] for items in "ab"]
+    read = []
+
+    def own_bits(model, context, document):
+        read.append("".join(context))
+        return 1.0, 1, 1.0, 1
+
+    monkeypatch.setattr(retrieval_tasks, "_own_bits", own_bits)
+    monkeypatch.setattr(retrieval_tasks, "mean_score", lambda memory, found: 0.0)
+    monkeypatch.setattr(retrieval_tasks.ContextFinder, "find", lambda self, requests, count: found)
+    settings = {"pairs": PairSet(source=SCENES), "memory": memory}
+    metrics = RetrievedLikelihood(**settings, documents=(0, 1)).run(model).metrics
+    assert read == ["", "", "a", "b", "b", "a"]
+    assert "bits per text id, 1 documents of the next pair, all" in metrics
+    assert not [name for name in RetrievedLikelihood(**settings, documents=(0,)).run(model).metrics if "next" in name]
 
 
 def test_likelihood_refuses_a_memory_without_anything_admissible(model, memory):
