@@ -106,6 +106,16 @@ def test_a_second_run_keeps_what_is_whole_and_fits(tokenizers, tmp_path):
     assert documents[0].segments == expected[0].segments
 
 
+def test_a_shard_that_was_cut_off_is_made_anew(tokenizers, tmp_path):
+    run(config(tokenizers, tmp_path))
+    whole = {path: path.read_bytes() for path in (shard_path(tmp_path, 0), shard_path(tmp_path, 1))}
+    damaged = shard_path(tmp_path, 1)
+    for size in (len(whole[damaged]) * 3 // 4, 100, 0):
+        damaged.write_bytes(whole[damaged][:size])
+        run(config(tokenizers, tmp_path))
+        assert {path: path.read_bytes() for path in whole} == whole
+
+
 def test_bad_rows_are_reported_and_too_many_stop_the_run(tokenizers, tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()

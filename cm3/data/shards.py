@@ -91,10 +91,10 @@ def write_shard(
 
 
 def read_shard_metadata(path: str | Path) -> dict[str, str] | None:
-    """The metadata of a shard; None if there is no such file or it is no shard."""
+    """The metadata of a shard; None if there is no such file, or it is no shard or not a whole one."""
     try:
         with pa.memory_map(str(path)) as file:
-            metadata = pa.ipc.open_stream(file).schema.metadata or {}
+            metadata = pa.ipc.open_stream(file).read_all().schema.metadata or {}
     except (OSError, pa.ArrowInvalid):
         return None
     return {key.decode(): value.decode() for key, value in metadata.items()}
