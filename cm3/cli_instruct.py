@@ -92,6 +92,11 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=COLUMN",
         help="fields of the task whose columns have other names",
     )
+    parquet.add_argument(
+        "--together",
+        action="store_true",
+        help="all questions of a picture as one row, which trains faster (default: a row for each)",
+    )
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -99,7 +104,7 @@ def convert(args: argparse.Namespace) -> None:
     from cm3.data.converter_formats import convert as convert_data
     from cm3.data.converters import ConvertOptions
 
-    names = ("task", "images", "annotations", "image_name", "split", "limit", "copy")
+    names = ("task", "images", "annotations", "image_name", "split", "together", "limit", "copy")
     options = ConvertOptions(columns=dict(args.columns), **{name: getattr(args, name) for name in names})
     report = convert_data(args.format, args.input, args.out, options)
     for reason in report.reasons:

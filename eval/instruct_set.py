@@ -108,6 +108,8 @@ class InstructionSet:
                 row = file.row(index)
                 if row.task is None or not wanted(row):
                     continue
+                if len(row.turns) > 2:
+                    raise DataError("several exchanges in one row; ask one a row (`cm3 convert` without --together)")
                 requests.append(_request(file, index, row, self._group(row, labels)))
             except DataError as error:
                 raise DataError(f"{file.name(index)}: {error}; `cm3 validate {self.path}` names all faults") from error

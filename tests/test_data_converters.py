@@ -11,6 +11,7 @@ from cm3.data.converter_formats import convert
 from cm3.data.converters import ConvertOptions
 from cm3.data.instruct import InstructFile
 from cm3.errors import ConfigError, DataError
+from cm3.eval.instruct_set import InstructionSet
 from cm3.tokenizers.document import Image, Text
 
 COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
@@ -109,8 +110,10 @@ def test_llava_conversations(pictures, tmp_path):
         start=5,
     ):
         assert reason.startswith(f"row {number}: ") and words in reason, reason
-    as_task = ConvertOptions(images=str(pictures), task="vqa", limit=1)
-    with pytest.raises(DataError, match="no row could be converted: row 0: task 'vqa' is one question"):
+    questions = convert("llava", path, tmp_path / "vqa", ConvertOptions(images=str(pictures), task="vqa", limit=1))
+    assert shown(questions.path) == [["red What is this?", "A square.", "Which colour?", "Red."]]
+    as_task = ConvertOptions(images=str(pictures), task="caption", limit=1)
+    with pytest.raises(DataError, match="no row could be converted: row 0: task 'caption' is one question"):
         convert("llava", path, tmp_path / "task", as_task)
     assert not (tmp_path / "task" / "instruct.jsonl").exists()
 
@@ -235,6 +238,17 @@ def test_any_parquet_by_its_columns(tmp_path):
         convert("parquet", path, tmp_path / "none", ConvertOptions(task="vqa", columns={"questions": "question"}))
     with pytest.raises(ConfigError, match="there is no task 'vqq'"):
         convert("parquet", path, tmp_path / "none", ConvertOptions(task="vqq"))
+
+
+def test_questions_of_a_picture_together(tmp_path):
+    table = {"image": packed("red", "blue"), "question": [["q1?", "q2?"], ["q3?"]], "answer": [["a1", "a2"], ["a3"]]}
+    path = parquet(tmp_path / "train.parquet", **table)
+    report = convert("parquet", path, tmp_path / "out", ConvertOptions(task="vqa", together=True))
+    assert shown(report.path) == [["red q1?", "a1", "q2?", "a2"], ["blue q3?", "a3"]]
+    rows = InstructFile(report.path)
+    assert [rows.row(index).id for index in range(2)] == ["0", "1"]
+    with pytest.raises(DataError, match="several exchanges in one row; ask one a row"):
+        InstructionSet(path=str(report.path)).texts()
 
 
 def test_parquet_with_paths_conditions_and_lists_of_objects(pictures, tmp_path):

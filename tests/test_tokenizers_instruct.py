@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cm3.errors import DataError
 from cm3.model.objective import move_spans, unmask
 from cm3.tokenizers.document import Document, DocumentTokenizer, Image, ImageCodes, Text, TextTokens, TokenizedDocument
+from cm3.tokenizers.document_ids import document_to_ids
 from cm3.tokenizers.instruct import (
     ANSWER_CHARACTERS,
     ANSWERS,
@@ -148,7 +149,7 @@ def test_every_wording_uses_every_field_once_and_asks_for_the_whole_answer(name)
 
 
 def test_ids_and_masking_of_an_answer_inside_a_text(tokenizer):
-    """`E Question: q Answer: S0 . B image E S0 a eoss` (spec 2.6)."""
+    """`E Question: q Answer: S0 . B image E S0 a eoss` (CM3Leon, table 5)."""
     (document,) = tokenize_examples(tokenizer, [lay_out(QUESTION, task="vqa")])
     vocabulary, encode = tokenizer.vocabulary, tokenizer.text.encode
     before, answer, after = (
@@ -260,7 +261,9 @@ def test_answers_come_back_from_the_ids(tokenizer, example):
     ("task", "turns", "message"),
     [
         ("vqq", QUESTION, "there is no task 'vqq'; choose among generate, edit,"),
-        ("vqa", QUESTION * 2, "task 'vqa' is one question and its answer, found 4 turns; leave the task out"),
+        ("caption", ((BEFORE,), (Text("a"),)) * 2, "task 'caption' is one question and its answer, found 4 turns"),
+        ("edit", ((BEFORE, Text("x")), (AFTER,)) * 2, "one question and its answer, found 4 turns; leave the task out"),
+        ("vqa", QUESTION * 2, r"takes a text \(question\) from the user, found 1 text\(s\) and 1 picture\(s\)"),
         (
             "vqa",
             ((BEFORE, AFTER), QUESTION[1]),
@@ -275,6 +278,19 @@ def test_turns_that_do_not_fit_are_refused(task, turns, message):
         check_fit(task, turns)
     with pytest.raises(DataError, match=message):
         lay_out(turns, task=task)
+
+
+def test_further_questions_stand_below_the_first(tokenizer):
+    turns = (*QUESTION, (Text("Red?"),), (Text("no"),))
+    document = lay_out(turns, task="vqa")
+    assert shown(document) == [f"{shown(lay_out(QUESTION, task='vqa'))[0]}\nQuestion: Red? Answer:[ no].", "A"]
+    (whole,) = tokenize_examples(tokenizer, [document])
+    ids = document_to_ids(whole, tokenizer.vocabulary)
+    answers = [ids[start:stop].tolist() for start, stop in answer_spans(whole)]
+    (alone,) = tokenize_examples(tokenizer, [lay_out((QUESTION[0], turns[3]), task="vqa")])
+    ((start, stop),) = answer_spans(alone)
+    assert len(answers) == 2 and answers[1] == document_to_ids(alone, tokenizer.vocabulary)[start:stop].tolist()
+    assert shown(lay_out(turns[:3], task="vqa"))[0].endswith("Question: Red? Answer:[].")
 
 
 def test_places_of_objects_are_those_of_the_square_that_is_seen():

@@ -62,8 +62,9 @@ def lay_out(
     Args:
         turns: What the user gives, the answer, what the user gives then, ... An answer that is missing at the end
             makes a prompt: where the answer is part of a text, its place is empty; else the document ends before it.
-        task: Name in `TASKS`, for one exchange. None: a conversation, every segment as it is and where it is, in
-            any layout.
+        task: Name in `TASKS`. Where the answer is in words and the user asks in words, further exchanges about the
+            same pictures may follow; they are written below each other in the one text. None: a conversation, every
+            segment as it is and where it is, in any layout.
         layout: Order of a task's segments.
         wording: Which of the task's wordings, counted on from the first after the last.
 
@@ -72,8 +73,8 @@ def lay_out(
     """
     if task is None:
         return _conversation(turns)
-    values = _bind(task, turns)
-    template = TASKS[task]
+    exchanges = _bind(task, turns)
+    template, values = TASKS[task], exchanges[0]
     if layout == "turns" and not image_fields(template.assistant):
         return _conversation(turns)
     parts = template.wordings[wording % len(template.wordings)]
@@ -87,7 +88,7 @@ def lay_out(
         field = _FIELD.fullmatch(part)
         name = field[1] if field else ""
         if not is_image_field(name):
-            text, spans = _filled(part, values)
+            text, spans = _filled(part, exchanges if "[" in part else exchanges[:1])
             places += [[len(segments), *span] for span in spans]
             segments.append(Text(text))
         elif name in values:
@@ -140,32 +141,41 @@ def _conversation(turns: Sequence[Sequence[Text | Image]]) -> Document:
     return Document(tuple(segments), {"task": None, ANSWER_CHARACTERS: places})
 
 
-def _bind(task: str, turns: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """The fields of a task by name."""
+def _bind(task: str, turns: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """The fields of a task by name, for each exchange; those after the first have no pictures."""
     if task not in TASKS:
         raise DataError(f"there is no task {task!r}; choose among {', '.join(TASKS)}, or none for a conversation")
-    if not 1 <= len(turns) <= 2:
+    user, assistant = TASKS[task].user, TASKS[task].assistant
+    asked = tuple(name for name in user if not is_image_field(name))
+    if not turns or len(turns) > 2 and (image_fields(assistant) or not asked):
         raise DataError(
             f"task {task!r} is one question and its answer, found {len(turns)} turns; leave the task out for a "
             "conversation, or make a row of each exchange"
         )
-    values: dict[str, Any] = {}
-    sides = (("user", TASKS[task].user), ("assistant", TASKS[task].assistant))
-    for (role, names), turn in zip(sides, turns):
-        texts = [part for part in turn if isinstance(part, Text)]
-        images = [part for part in turn if not isinstance(part, Text)]
-        text_names = [name for name in names if not is_image_field(name)]
-        if text_names and text_names[-1].endswith("*") and len(texts) >= len(text_names):
-            last = len(text_names) - 1
-            texts[last:] = [Text(", ".join(part.text for part in texts[last:]))]
-        if len(texts) != len(text_names) or len(images) != len(image_fields(names)):
-            raise DataError(
-                f"task {task!r} takes {_listed(names)} from the {role}, found {len(texts)} text(s) and "
-                f"{len(images)} picture(s); give just these, or leave the task out"
-            )
-        values |= dict(zip((name.rstrip("*") for name in text_names), texts))
-        values |= dict(zip(image_fields(names), images))
-    return values
+    exchanges: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns):
+        if number % 2:
+            exchanges[-1] |= _fields(task, turn, "assistant", assistant)
+        else:
+            exchanges.append(_fields(task, turn, "user", asked if number else user))
+    return exchanges
+
+
+def _fields(task: str, turn: Sequence[Any], role: str, names: Sequence[str]) -> dict[str, Any]:
+    """The fields of one turn by name."""
+    texts = [part for part in turn if isinstance(part, Text)]
+    images = [part for part in turn if not isinstance(part, Text)]
+    text_names = [name for name in names if not is_image_field(name)]
+    if text_names and text_names[-1].endswith("*") and len(texts) >= len(text_names):
+        last = len(text_names) - 1
+        texts[last:] = [Text(", ".join(part.text for part in texts[last:]))]
+    if len(texts) != len(text_names) or len(images) != len(image_fields(names)):
+        raise DataError(
+            f"task {task!r} takes {_listed(names)} from the {role}, found {len(texts)} text(s) and "
+            f"{len(images)} picture(s); give just these, or leave the task out"
+        )
+    named = dict(zip((name.rstrip("*") for name in text_names), texts, strict=True))
+    return {**named, **dict(zip(image_fields(names), images, strict=True))}
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -174,15 +184,17 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(described)
 
 
-def _filled(part: str, values: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-    """A text of a template with its fields filled in, and the bounds of its answers; one that is not given is empty."""
+def _filled(part: str, exchanges: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    """A text of a template, filled in for each exchange, and the bounds of its answers; one not given is empty."""
     text, spans = "", []
-    for number, piece in enumerate(re.split(r"[\[\]]", part)):
-        given = all(name in values for name in _FIELD.findall(piece))
-        filled = _FIELD.sub(lambda match: values[match[1]].text, piece) if given else ""
-        if number % 2:
-            spans.append((len(text), len(text) + len(filled)))
-        text += filled
+    for exchange, values in enumerate(exchanges):
+        text += "\n" if exchange else ""
+        for number, piece in enumerate(re.split(r"[\[\]]", part)):
+            given = all(name in values for name in _FIELD.findall(piece))
+            filled = _FIELD.sub(lambda match, values=values: values[match[1]].text, piece) if given else ""
+            if number % 2:
+                spans.append((len(text), len(text) + len(filled)))
+            text += filled
     return text, spans
 
 

@@ -16,6 +16,7 @@ from cm3.data.converters import (
     ConvertOptions,
     ImageStore,
     Value,
+    joined_rows,
     needed_fields,
     task_fields,
     task_row,
@@ -189,12 +190,13 @@ class ControlNet:
 
 
 class ParquetTable:
-    """Parquet as `datasets` writes it: a column for each field of a task. Lists of texts make a row of each element."""
+    """Parquet as `datasets` writes it: a column for each field of a task. Lists of texts make a row of each element, or
+    an exchange of one row."""
 
     def __init__(self, path: Path, store: ImageStore, options: ConvertOptions) -> None:
         if options.task is None:
             raise ConfigError(f"parquet does not say what its rows are; name a task: --task {'|'.join(TASKS)}")
-        self._task, self._store = options.task, store
+        self._task, self._store, self._together = options.task, store, options.together
         fields = task_fields(self._task)
         if unknown := [name for name in options.columns if name not in fields]:
             raise ConfigError(f"task {self._task!r} has no field {unknown[0]!r}; choose among {', '.join(fields)}")
@@ -218,7 +220,8 @@ class ParquetTable:
             described = ", ".join(f"{self._columns[field]} {len(value)}" for field, value in lists.items())
             raise DataError(f"lists of one row have different lengths ({described})")
         rows = [values | {field: value[place] for field, value in lists.items()} for place in range(lengths.pop())]
-        return [task_row(self._task, each, f"{index}.{place}") for place, each in enumerate(rows)]
+        converted = [task_row(self._task, each, f"{index}.{place}") for place, each in enumerate(rows)]
+        return [joined_rows(converted, str(index))] if self._together and converted else converted
 
     def _value(self, field: str, value: Any, column: str) -> Value:
         if is_image_field(field):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,8 @@ class ConvertOptions:
     """parquet, instructpix2pix: field of the task to column, where the names differ."""
     split: str = "train"
     """parquet, instructpix2pix: which split of a folder."""
+    together: bool = False
+    """parquet, instructpix2pix: exchanges of one row instead of a row for each element of lists of texts."""
     limit: int | None = None
     """Convert the first rows only; None is all."""
     copy: bool = False
@@ -184,6 +186,16 @@ def task_row(task: str, values: Mapping[str, Value], id: str | None) -> Instruct
             turn += value if isinstance(value, list) else [value]
         turns.append(tuple(turn))
     return InstructRow(turns=tuple(turns), task=task, id=id)
+
+
+def joined_rows(rows: Sequence[InstructRow], id: str) -> InstructRow:
+    """Rows about the same pictures as the exchanges of one; the pictures stand in the first."""
+    later = ((_without_pictures(row.turns[0]), *row.turns[1:]) for row in rows[1:])
+    return InstructRow(turns=(*rows[0].turns, *(turn for turns in later for turn in turns)), task=rows[0].task, id=id)
+
+
+def _without_pictures(turn: tuple[Text | ImageFile, ...]) -> tuple[Text | ImageFile, ...]:
+    return tuple(part for part in turn if isinstance(part, Text))
 
 
 def write_rows(converter: Converter, out: Path, limit: int | None) -> ConversionReport:
