@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cm3.errors import ModelFilesError
+from cm3.errors import ModelFilesError, RequestError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -52,6 +52,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _flush_entry(path.parent)
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` on success, as in `atomic_path`.
+
+    Raises:
+        ModelFilesError: the disk is full or the place cannot be written; what was there is as it was.
+    """
+    try:
+        with atomic_path(Path(path).resolve()) as folder:
+            folder.mkdir()
+            yield folder
+    except OSError as error:
+        raise ModelFilesError(
+            f"cannot write the folder {path} ({error.strerror or error}); make room or mend the place, and give the "
+            "same command again"
+        ) from error
+
+
+def require_empty(folder: str | Path) -> None:
+    """Raise RequestError where there is something that would be lost."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"{folder} is not empty; choose a folder that does not exist yet")
 
 
 def remove_folder(path: Path) -> None:

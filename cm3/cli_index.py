@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cm3.cli_options import add_model
@@ -36,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(build)
 
     append = add_sub_parser(
-        actions, "append", "add rows to a memory", "cm3 index append my-memory photos/ --kind folder"
+        actions,
+        "append",
+        "add those rows to a memory that it does not have yet",
+        "cm3 index append my-memory photos/ --kind folder",
     )
     _add_memory(append)
     _add_source(append)
@@ -106,8 +110,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     from cm3.retrieval.encoder import open_encoder
-    from cm3.retrieval.memory import Memory
+    from cm3.retrieval.memory import Memory, check_new_memory
 
+    check_new_memory(args.out)
     memory = Memory.build(
         _source(args),
         _tokenizer(args),
@@ -122,16 +127,19 @@ def _build(args: argparse.Namespace) -> None:
 
 def _append(args: argparse.Namespace) -> None:
     memory, encoder = _open(args)
-    rows = memory.append(_source(args), _tokenizer(args), encoder, num_processes=args.processes)
-    print(f"{args.memory}: {len(rows)} documents added, {len(memory)} now")
+    rows, num_known = memory.append(_source(args), _tokenizer(args), encoder, num_processes=args.processes)
+    known = f", {num_known} were there already" if num_known else ""
+    print(f"{args.memory}: {len(rows)} added{known}, {len(memory)} documents now")
 
 
 def _delete(args: argparse.Namespace) -> None:
     from cm3.retrieval.memory import Memory
 
     memory = Memory.open(args.memory)
-    memory.delete(args.row)
-    print(f"{args.memory}: {len(memory)} documents left")
+    num_deleted = memory.delete(args.row)
+    num_before = len(set(args.row)) - num_deleted
+    before = f", {num_before} had been before" if num_before else ""
+    print(f"{args.memory}: {num_deleted} deleted{before}, {len(memory)} documents left")
 
 
 def _search(args: argparse.Namespace) -> None:
@@ -163,15 +171,17 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _tokenizer(args: argparse.Namespace) -> Any:
     from cm3.pretrained import resolve_model
-    from cm3.tokenizers.document import DocumentTokenizer
+    from cm3.tokenizers.document import VOCABULARY_FILE, DocumentTokenizer
 
-    return DocumentTokenizer.load(resolve_model(args.model))
+    prepared = Path(args.model)  # has tokenizers, and no model yet
+    return DocumentTokenizer.load(prepared if (prepared / VOCABULARY_FILE).is_file() else resolve_model(args.model))
 
 
 def _source(args: argparse.Namespace) -> Any:
-    from cm3.data.sources import SourceConfig, kind_of, open_source
+    from cm3.data.named_source import named_kind
+    from cm3.data.sources import SourceConfig, open_source
 
-    kind = args.kind or kind_of(args.data)
+    kind = args.kind or named_kind(args.data)
     return open_source(
         SourceConfig(
             kind=kind,

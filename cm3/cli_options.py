@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cm3.errors import RequestError
+
+if TYPE_CHECKING:
+    from cm3.generation.settings import SamplingSettings
 
 
 def box(text: str) -> tuple[int, int, int, int]:
@@ -120,6 +124,46 @@ _SAMPLING = (
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling settings that were given."""
     return {name: getattr(args, name) for name in _SAMPLING if getattr(args, name, None) is not None}
+
+
+_OFF = {"top_k": 0, "top_p": 1, "guidance_scale": 1, "image_guidance_scale": 1, "guidance_interval": (0, 1)}
+
+
+def check_effect(given: Mapping[str, Any], settings: SamplingSettings, *, num_samples: int = 1) -> None:
+    """Refuse an option of sampling that changes nothing beside the others.
+
+    Args:
+        given: The options that were typed; one that only turns something off is fine beside any.
+        settings: They and, for the rest, the model's own.
+        num_samples: Pictures drawn of a prompt, candidates included.
+
+    Raises:
+        RequestError: naming such an option.
+    """
+    if given.get("sampler") == "mixed" and num_samples == 1:
+        raise RequestError(
+            "sampler='mixed' draws a prompt's pictures by top-p and cd-k in turn, and a single one by top-p; "
+            "choose sampler='cd-k', or ask for several pictures"
+        )
+    samplers = {settings.of_sample(number).sampler for number in range(max(1, num_samples))}
+    contrasts, guides = "cd-k" in samplers, bool(samplers - {"cd-k"})
+    outside = tuple(settings.guidance_interval) != (0, 1)  # where cd-k gives way to top-p
+    idle: dict[str, str] = {}
+    if not contrasts:
+        idle |= dict.fromkeys(("contrast_alpha", "contrast_k"), f"with sampler={settings.sampler!r}; choose cd-k")
+    if not guides:
+        idle |= dict.fromkeys(
+            ("guidance_scale", "image_guidance_scale"), "with sampler='cd-k', which takes its place; leave it out"
+        )
+    if not contrasts and settings.guidance_scale == settings.image_guidance_scale == 1:
+        idle["guidance_interval"] = "where nothing is guided; raise guidance_scale, or choose sampler='cd-k'"
+    if settings.temperature == 0:
+        idle |= dict.fromkeys(("top_k", "top_p"), "at temperature=0, which takes the likeliest; leave one of them out")
+    elif "top-p" not in samplers and not (contrasts and outside):
+        idle |= dict.fromkeys(("top_k", "top_p"), f"with sampler={settings.sampler!r}; choose top-p")
+    for name, reason in idle.items():
+        if name in given and given[name] != _OFF.get(name):
+            raise RequestError(f"{name}={given[name]} has no effect {reason}")
 
 
 def add_retrieval(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

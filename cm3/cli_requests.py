@@ -13,6 +13,7 @@ from cm3.cli_options import (
     add_retrieval,
     add_sampling,
     box,
+    check_effect,
     load_model,
     require_writable,
     sampling,
@@ -48,11 +49,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> None:
     """Draw pictures into a folder; print their files, and what ranking did."""
     from cm3.drawing import ranking_summary, retrieval_sheet
-    from cm3.gallery import save_gallery, save_image
+    from cm3.gallery import other_pictures, save_gallery, save_image
     from cm3.generation.context import left_out_summary
 
     require_writable(args.out)
     model = load_model(args)
+    check_effect(sampling(args), model.sampling(sampling(args)), num_samples=args.num_images * args.best_of)
     names = ("seed", "negative", "retrieve", "unconditional_context", "best_of", "rank", "ranker")
     request = {name: getattr(args, name) for name in names}
     samples = model.draw(args.prompt, num_images=args.num_images, **request, **sampling(args))
@@ -66,11 +68,13 @@ def generate(args: argparse.Namespace) -> None:
         **model.settings(**sampling(args)),
     }
     pictures = [(drawing.image, drawing.record()) for drawing in drawings]
-    for path in save_gallery(args.out, pictures, {**settings, "ranking": summary}):
+    paths = save_gallery(args.out, pictures, {**settings, "ranking": summary})
+    if args.retrieve:
+        paths.append(save_image(f"{args.out}/retrieved.png", retrieval_sheet(model, samples)))
+    for path in paths:
         print(path)
     warn(left_out_summary([drawings[0].left_out for drawings in samples]), "settings.json names them")
-    if args.retrieve:
-        print(save_image(f"{args.out}/retrieved.png", retrieval_sheet(model, samples)))
+    warn(other_pictures(args.out, paths), "settings.json names those that are")
     for name, means in summary.items():
         print(f"mean {name}: {means['first']:.3f} without re-ranking, {means['chosen']:.3f} with")
 
@@ -139,6 +143,7 @@ def edit(args: argparse.Namespace) -> None:
     """Change a picture as an instruction says; print the file."""
     require_writable(Path(args.out).parent)
     model = load_model(args)
+    check_effect(sampling(args), model.sampling(sampling(args)))
     picture = model.edit(args.image, args.instruction, seed=args.seed, **sampling(args))
     request = {"image": args.image, "instruction": args.instruction}
     _write(args, picture, request | {"seed": args.seed} | model.settings(**sampling(args)))
@@ -168,6 +173,7 @@ def infill(args: argparse.Namespace) -> None:
     """Draw a part of a picture anew; print the file."""
     require_writable(Path(args.out).parent)
     model = load_model(args)
+    check_effect(sampling(args), model.sampling(sampling(args)))
     request = {"prompt": args.prompt, "negative": args.negative, "seed": args.seed}
     picture = model.infill(args.image, box=args.box, **request, **sampling(args))
     _write(args, picture, {"image": args.image, "box": args.box} | request | model.settings(**sampling(args)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -70,15 +71,47 @@ def load_config(config_class: type[Config], path: str | Path | None, overrides: 
         name = word.removeprefix("--").partition("=")[0]
         if word.startswith("--") and name not in set(_names(config_class)):
             raise ConfigError(f"unknown option --{name}{_nearest(name, config_class, '--')}")
+    return _build(config_class, values, overrides, where)
+
+
+def _build(
+    config_class: type[Config], values: dict[str, Any], words: Sequence[str], where: str, group: str = ""
+) -> Config:
+    """Build the config, or one group of its settings from the part of the values and words that belongs to it."""
     merging, checking = config_parser(config_class), config_parser(config_class)
     merging.set_defaults(values)  # the values of defaults are taken on trust, hence the second parser
     try:
-        checked = checking.parse_object(merging.parse_args(list(overrides)).as_dict())
+        checked = checking.parse_object(merging.parse_args(list(words)).as_dict())
         return config_class(**checking.instantiate(checked).as_dict())
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{group}: {error}" if group else str(error)) from None
     except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError by cause
-        raise ConfigError(f"{where}: {_one_line(error)}") from None
+        # of `X | None` it says that the value fits neither, around what X said; X by itself says it plainly
+        for name, nested in _groups(config_class):
+            part, its_words = values.get(name), _words_of(name, words)
+            is_replaced = any(word.partition("=")[0] == f"--{name}" for word in words)  # by null
+            if (part is not None or its_words) and not is_replaced:
+                _build(nested, part or {}, its_words, where, f"{group}.{name}" if group else name)
+        raise ConfigError(f"{where}: {_plain_words(error, group)}") from None
+
+
+def _groups(config_class: type) -> Iterator[tuple[str, type]]:
+    """Yield the fields that are groups of settings, and the class of each."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if nested := _nested_class(hints[field.name]):
+            yield field.name, nested
+
+
+def _words_of(group: str, words: Sequence[str]) -> list[str]:
+    """Return the words that set something in a group, without its name."""
+    prefix, mine, belongs = f"--{group}.", [], False
+    for word in words:
+        if word.startswith("--"):
+            belongs = word.startswith(prefix)
+        if belongs:
+            mine.append(f"--{word.removeprefix(prefix)}" if word.startswith("--") else word)
+    return mine
 
 
 def check_seed(seed: int) -> None:
@@ -161,3 +194,16 @@ def _nearest(name: str, config_class: type, prefix: str = "") -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _plain_words(error: Exception, group: str) -> str:
+    """Return what jsonargparse says of a group of settings in fewer words, with the whole name of the setting."""
+    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", _one_line(error)).replace("NoneType", "null")
+    text = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", text)
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
+        r"expected one of \1; found \2",
+        text,
+    )
+    named = re.sub(r'^Parser key "([^"]*)": ', lambda found: f"{group}.{found[1]}: ".removeprefix("."), text)
+    return named if named != text or not group else f"{group}: {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from cm3.errors import RequestError
 
 _MARGIN = 12
 _LINE_HEIGHT = 17
+_NUMBERED = re.compile(r"\d{3,}\.png|retrieved\.png")
 
 
 def save_image(path: str | Path, image: Image.Image) -> Path:
@@ -41,6 +43,22 @@ def save_gallery(
     entries = [{"file": path.name, **record} for path, (_, record) in zip(paths, pictures, strict=True)]
     write_json(folder / "settings.json", {**settings, "images": entries})
     return paths
+
+
+def other_pictures(folder: str | Path, written: Sequence[str | Path]) -> str | None:
+    """Words about the pictures in a folder that a run did not write, as earlier ones leave them; None without any.
+
+    Args:
+        folder: Of `save_gallery` or `save_document`.
+        written: The files of the run.
+    """
+    own = {Path(path).name for path in written}
+    others = sorted(path.name for path in Path(folder).glob("*.png") if _NUMBERED.fullmatch(path.name))
+    others = [name for name in others if name not in own]
+    if not others:
+        return None
+    pictures = "a picture that is" if len(others) == 1 else f"{len(others)} pictures that are"
+    return f"{folder} also holds {pictures} not of this run ({', '.join(others[:3])}{', ...' if others[3:] else ''})"
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]], *, cell: int = 160) -> Image.Image:

@@ -122,15 +122,33 @@ def kill_at(config: ModelRun, operation: int) -> bool:
         return processes[0].exitcode == -signal.SIGKILL
 
 
+def stop_after(config: ModelRun, training_lines: int, num_processes: int = 1) -> list[str]:
+    """Run, and send SIGTERM to the last process when so many training steps were told; return the console lines."""
+    processes, reader = start(config, num_processes)
+    told, seen = [], 0
+    with reader:
+        for line in lines(reader):
+            told.append(line)
+            seen += " | loss " in line
+            if seen == training_lines and " | loss " in line:
+                os.kill(processes[-1].pid, signal.SIGTERM)
+    _end_well(processes, told)
+    return told
+
+
 def finish(config: ModelRun, num_processes: int = 1) -> list[str]:
     """Run to the end; return the console lines."""
     processes, reader = start(config, num_processes)
     with reader:
         told = list(lines(reader))
+    _end_well(processes, told)
+    return told
+
+
+def _end_well(processes: list, told: list[str]) -> None:
     for process in processes:
         process.join(SECONDS_TO_WAIT)
         assert process.exitcode == 0, told
-    return told
 
 
 def _kill(processes: list) -> bool:

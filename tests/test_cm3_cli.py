@@ -132,6 +132,19 @@ def test_generate_says_how_it_ranked_and_sampled(model_folder, tmp_path, capsys)
     assert printed.splitlines() == [str(tmp_path / "000.png"), last]
 
 
+def test_pictures_of_an_earlier_run_are_said_to_be_there(model_folder, tmp_path, capsys):
+    (tmp_path / "photo.png").write_bytes(b"not of any run")
+    words = ("generate", "a red star", "--out", tmp_path, "--model", model_folder, "--num-images")
+    assert run(capsys, *words, 3)[2] == ""
+    (tmp_path / "retrieved.png").write_bytes(b"of a run that retrieved")
+    warnings = [run(capsys, *words, count)[2] for count in (3, 1)]
+    also, settings = f"warning: {tmp_path} also holds", "settings.json names those that are"
+    assert warnings[0] == f"{also} a picture that is not of this run (retrieved.png); {settings}\n"
+    assert warnings[1] == f"{also} 3 pictures that are not of this run (001.png, 002.png, retrieved.png); {settings}\n"
+    images = json.loads((tmp_path / "settings.json").read_text())["images"]
+    assert [entry["file"] for entry in images] == ["000.png"] and (tmp_path / "002.png").is_file()
+
+
 def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
     code, printed, _ = run(capsys, "complete", "a large red", "--out", tmp_path, "--model", model_folder)
     assert code == 0 and printed.startswith("a large red")
@@ -157,6 +170,14 @@ def test_complete_prints_text_and_pictures(model_folder, tmp_path, capsys):
         (["caption", "missing.png"], "missing.png"),
         (["caption", __file__], "no picture format"),
         (["infill", "{picture}", "--box", "0,0,99,99"], "central square"),
+        (
+            ["infill", "{picture}", "--box", "4,4,8,8", "--sampler", "mixed"],
+            "choose --sampler cd-k, or ask for several",
+        ),
+        (
+            ["edit", "{picture}", "make it red", "--contrast-k", "2"],
+            "error: --contrast-k 2 has no effect with --sampler",
+        ),
         (["infill", "{picture}", "--box", "4,4,8,8", "--out", "filled.jpg"], ".png"),
         (["answer", "missing.png", "How many?"], "missing.png"),
         (["answer", "{picture}", " "], "the question of row 0 is empty"),

@@ -123,11 +123,26 @@ def test_documents_are_added_and_deleted(build, cm3, model_folder, retrieval_fol
         return [json.loads(line)["row"] for line in printed.splitlines()]
 
     assert rows()[0] == 1 and len(rows()) == 4
-    words = ("index", "append", memory, retrieval_folder / "rows.jsonl", "--limit", 2, "--model", model_folder)
-    assert cm3(*words)[:2] == (0, f"{memory}: 2 documents added, 6 now\n")
-    assert rows()[:2] == [1, 5] and len(rows()) == 6
-    assert cm3("index", "delete", memory, 1, 0)[:2] == (0, f"{memory}: 4 documents left\n")
-    assert rows()[0] == 5 and len(rows()) == 4
+    words = ("index", "append", memory, retrieval_folder / "rows.jsonl", "--model", model_folder, "--limit")
+    assert cm3(*words, 6)[:2] == (0, f"{memory}: 2 added, 4 were there already, 6 documents now\n")
+    for limit in (6, 2):
+        code, printed, error = cm3(*words, limit)
+        assert (code, printed) == (2, "") and error.count("\n") == 1
+        assert f"{memory} holds all {limit} documents of {retrieval_folder / 'rows.jsonl'} already; there is" in error
+    assert rows()[0] == 1 and len(rows()) == 6
+    assert cm3("index", "delete", memory, 1, 0, 1)[:2] == (0, f"{memory}: 2 deleted, 4 documents left\n")
+    assert cm3("index", "delete", memory, 1, 2)[:2] == (
+        0,
+        f"{memory}: 1 deleted, 1 had been before, 3 documents left\n",
+    )
+    for rows_again, named in (((1,), "row 1 was"), ((2, 0), "all 2 rows were")):
+        code, printed, error = cm3("index", "delete", memory, *rows_again)
+        assert (code, printed) == (2, "") and error.startswith(
+            f"error: {named} deleted from {memory} before; `cm3 index"
+        )
+    assert 1 not in rows() and len(rows()) == 3
+    assert cm3(*words, 3)[:2] == (0, f"{memory}: 3 added, 6 documents now\n")  # what was deleted may come again
+    assert rows()[0] == 7 and len(rows()) == 6
 
 
 @pytest.mark.parametrize(
@@ -144,6 +159,14 @@ def test_documents_are_added_and_deleted(build, cm3, model_folder, retrieval_fol
         (["build", "{rows}", "--out", "{memory}", "--encoder", "{encoder}"], "holds a finished memory; append to it"),
         (["build", "scenes", "--out", "new", "--encoder", "{encoder}"], "set limit"),
         (["build", "missing.jsonl", "--out", "new", "--encoder", "{encoder}"], "missing.jsonl is not a file"),
+        (["build", "{rows}", "--out", "{pictures}", "--encoder", "{encoder}"], "holds other things, such as 0.png;"),
+        (["build", "{rows}", "--out", "{rows}", "--encoder", "{encoder}"], "rows.jsonl is a file, not a folder;"),
+        (["build", "nofolder", "--out", "new", "--encoder", "{encoder}"], "nofolder is no file or folder here; check"),
+        (["build", "no-one/nothing", "--out", "new", "--encoder", "{encoder}"], "could not be had from the Hub ("),
+        (
+            ["append", "{memory}", "{pictures}/new"],
+            "/new is no file or folder here; check the path, or give --kind hub",
+        ),
         (["build", "{rows}", "--out", "new", "--encoder", "./nowhere"], "encoder './nowhere' is no folder"),
         (["append", "{memory}", "{rows}", "--kind", "folder"], "rows.jsonl is not a folder"),
         (["delete", "{memory}", "99"], "row 99 is not in"),
@@ -151,7 +174,7 @@ def test_documents_are_added_and_deleted(build, cm3, model_folder, retrieval_fol
 )
 def test_refusals_are_one_line_and_exit_2(cm3, model_folder, retrieval_folder, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    places = {name: retrieval_folder / name for name in ("memory", "encoder")}
+    places = {name: retrieval_folder / name for name in ("memory", "encoder")} | {"pictures": retrieval_folder}
     words = [word.format(rows=retrieval_folder / "rows.jsonl", **places) for word in words]
     model = [] if words[0] == "delete" or "--model" in words else ["--model", model_folder]
     code, printed, error = cm3("index", *words, *model)

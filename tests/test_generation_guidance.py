@@ -1,4 +1,4 @@
-"""Guidance by picture and text, and CD-K: by hand, at the edges of spec 5.4, and for any logits."""
+"""Guidance by picture and text, and CD-K: by hand, at the edges, and for any logits."""
 
 import math
 

@@ -1,4 +1,7 @@
-"""What decoding computes, counted: passes, tokens, slots of the cache, copies, looks of the host at the device."""
+"""What decoding computes, counted: passes, tokens, slots of the cache, copies, looks of the host at the device.
+
+In torch's operations, but for one test: a step that is one call (`cm3.model.cpu_step`) would be none of them.
+"""
 
 import collections
 import dataclasses
@@ -16,6 +19,7 @@ from cm3.generation.engine import CHECK_INTERVAL, Engine
 from cm3.generation.prompts import Prompts
 from cm3.generation.request import Request
 from cm3.generation.settings import SamplingSettings
+from cm3.model import kernels
 from cm3.model.config import ModelConfig
 from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
@@ -42,6 +46,12 @@ def text(length):
     """A request for a text, which the budget ends."""
     request = Prompts(VOCABULARY, (2, 2)).infill_text([5], [6], max_new_tokens=length)
     return dataclasses.replace(request, seeds=(1,))
+
+
+@pytest.fixture(autouse=True)
+def in_torch(monkeypatch):
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(kernels, "library", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +216,21 @@ def test_a_step_calls_few_operations(waits, variant, chosen, most_in_a_layer, mo
     in_a_layer = (three.total() - one.total()) / 2
     assert 10 < in_a_layer <= most_in_a_layer, three
     assert 10 < one.total() - in_a_layer <= most_besides, one
+
+
+@pytest.mark.parametrize("variant", [{}, CHAMELEON])
+def test_with_a_compiler_layers_call_no_operations(monkeypatch, variant):
+    monkeypatch.undo()
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler here")
+
+    def operations(layers):
+        shape = {"width": WIDTH, "num_layers": layers, "num_heads": 4, "max_positions": POSITIONS}
+        engine = Engine(Transformer(ModelConfig(vocabulary_size=VOCABULARY.size, **shape, **variant)), VOCABULARY)
+        short, long = (worked(engine, [], [picture(codes)], FREE)[0].operations for codes in (8, 9))
+        return (long - short).total()
+
+    assert 10 < operations(1) == operations(3) <= 120
 
 
 RECOMPILES = """

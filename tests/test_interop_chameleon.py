@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from full_disk import FOUND, full_disk
 
 from cm3.checkpoint import INDEX_FILE, load_model_weights, load_tensors, read_json, save_tensors, write_json
 from cm3.cli import main
@@ -251,6 +252,21 @@ def test_a_folder_that_holds_something_is_left_alone(source, tmp_path):
     with pytest.raises(RequestError, match="is not empty"):
         export_chameleon(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_full_disk_leaves_nothing_behind(source, tmp_path, capsys):
+    assert main(["import", "chameleon", str(source), str(tmp_path / "ours")]) == 0
+    capsys.readouterr()
+    commands = (
+        ["import", "chameleon", str(source), str(tmp_path / "half")],
+        ["export", "--format", "chameleon", str(tmp_path / "ours"), "--out", str(tmp_path / "half")],
+    )
+    for command in commands:
+        with full_disk(10_000):
+            assert main(command) == 2
+        error = capsys.readouterr().err
+        assert f"cannot write the folder {tmp_path / 'half'} ({FOUND}); make room" in error and error.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_only_a_chameleon_is_exported(model_folder, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from full_disk import FOUND, full_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -235,15 +236,21 @@ def test_sizes_and_settings(tmp_path, capsys):
     path = save(tensors_of((1, 2)), tmp_path / "vq.pt")
     assert main(["import", "vqgan", str(path), str(tmp_path / "ours")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'ours'}: pictures of 256x256 pixels, 128x128 codes of 24\n"
-    assert main(["import", "vqgan", str(path), str(tmp_path / "ours"), "--image-size", "64"]) == 0
+    assert main(["import", "vqgan", str(path), str(tmp_path / "ours"), "--image-size", "64"]) == 2
+    assert "is not empty; choose a folder that does not exist yet" in capsys.readouterr().err
+    assert main(["import", "vqgan", str(path), str(tmp_path / "small"), "--image-size", "64"]) == 0
     assert "pictures of 64x64 pixels, 32x32 codes" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"cannot be an image tokenizer of 17 pixels: .* not a multiple of 2"):
-        import_vqgan(path, tmp_path / "ours", image_size=17)
+        import_vqgan(path, tmp_path / "other", image_size=17)
     with pytest.raises(RequestError, match="whose shape its tensors tell; leave out --config"):
-        import_vqgan(path, tmp_path / "ours", tmp_path / "model.yaml")
+        import_vqgan(path, tmp_path / "other", tmp_path / "model.yaml")
     torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(1)}}, tmp_path / "taming.ckpt")
     with pytest.raises(RequestError, match="is not LlamaGen's; its YAML file tells the size, so leave out"):
-        import_vqgan(tmp_path / "taming.ckpt", tmp_path / "ours", image_size=64)
+        import_vqgan(tmp_path / "taming.ckpt", tmp_path / "other", image_size=64)
+    with full_disk(20_000):
+        assert main(["import", "vqgan", str(path), str(tmp_path / "other")]) == 2
+    assert f"cannot write the folder {tmp_path / 'other'} ({FOUND})" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("multipliers", "millions"), [((1, 1, 2, 2, 4), 72), ((1, 2, 2, 4), 70)])

@@ -184,6 +184,7 @@ def test_a_bounded_cache_reads_less_and_gives_the_same(config, monkeypatch):
     """Rows in several runs, some of them at rest, one of them full."""
     monkeypatch.setattr(cache_module, "RUN_COST", 1)
     model, ids = build(config).eval(), random_ids(3)
+    model.attention_backend = "sdpa"
     free, _ = prefill(model, ids, capacity=11)
     bounded = replace(free, keys_LBSGK=free.keys_LBSGK.clone(), values_LBSGK=free.values_LBSGK.clone())
     bounded = replace(bounded, lengths_B=free.lengths_B.clone()).bounded(LENGTHS)

@@ -10,7 +10,8 @@ from cm3.model.layers import Linear, weight_product
 
 
 def on_any_processor(monkeypatch):
-    """Choose as on the processor that was measured."""
+    """Choose as on the processor that was measured, without a compiler."""
+    monkeypatch.setattr(layers, "multiplies", lambda *_: False)
     monkeypatch.setattr(layers, "_HAS_MATRIX_TILES", True)
     monkeypatch.setattr(layers, "_PANEL_ROWS", range(4, 33))
 
@@ -51,8 +52,8 @@ class Ways(TorchDispatchMode):
     [
         (torch.bfloat16, 1, 32, "vector"),
         (torch.bfloat16, 2, 32, "turned"),
-        (torch.bfloat16, 64, 32, "turned"),
-        (torch.bfloat16, 65, 32, "linear"),
+        (torch.bfloat16, 1024, 32, "turned"),
+        (torch.bfloat16, 1025, 32, "linear"),
         (torch.float32, 1, 32, "linear"),
         (torch.float32, 3, 32, "linear"),
         (torch.float32, 4, 64, "panels"),
@@ -80,6 +81,7 @@ def test_which_way_a_product_goes(monkeypatch, dtype, rows, outputs, way):
 
 
 def test_processors_that_were_not_measured_multiply_plainly(monkeypatch):
+    monkeypatch.setattr(layers, "multiplies", lambda *_: False)
     monkeypatch.setattr(layers, "_HAS_MATRIX_TILES", False)
     monkeypatch.setattr(layers, "_PANEL_ROWS", range(0))
     with torch.inference_mode(), Ways() as ways:

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from tiny_transformer import KINDS, logits, transformer_of
 
 from cm3.checkpoint import load_tensors, read_json, save_tensors, write_json
 from cm3.errors import ConfigError, MissingDependencyError, ModelFilesError
-from cm3.model.config import ModelConfig
 from cm3.model.lora import (
     LoRAConfig,
     adapter_parameter_count,
@@ -20,47 +20,14 @@ from cm3.model.lora import (
     save_adapter,
     weights_hash,
 )
-from cm3.model.transformer import Transformer
 
 peft = pytest.importorskip("peft")
 
-KINDS = {
-    "cm3leon": {},
-    "chameleon": {
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "position": "rope",
-        "qk_norm": True,
-        "num_key_value_heads": 2,
-        "tie_embeddings": False,
-    },
-}
 LORAS = {
     "all targets": LoRAConfig(rank=3, alpha=6.0),
     "embeddings": LoRAConfig(rank=2, targets=("attention.qkv", "feed_forward.out"), train_embeddings=True),
 }
 EVERY_KIND = pytest.mark.parametrize(("kind", "lora"), [(k, n) for k in KINDS for n in LORAS])
-
-
-def transformer_of(kind):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocabulary_size=40,
-        width=32,
-        num_layers=2,
-        num_heads=4,
-        max_positions=24,
-        zero_init_outputs=False,
-        init_std=0.2,
-        **KINDS[kind],
-    )
-    return Transformer(config).eval()
-
-
-@torch.no_grad()
-def logits(transformer):
-    ids_BT = torch.arange(40).reshape(2, 20)
-    return transformer.logits(transformer(ids_BT))
 
 
 def trained(kind, lora):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_transformer import KINDS, logits, transformer_of
 
 from cm3.errors import ModelFilesError, RequestError
 from cm3.generation.engine import Engine
 from cm3.model import quantized
 from cm3.model.cache import KeyValueCache
-from cm3.model.config import ModelConfig
 from cm3.model.lora import load_adapter, weights_hash
 from cm3.model.quantized import (
     Int8Linear,
@@ -22,35 +22,10 @@ from cm3.model.quantized import (
     quantize_blocks,
     quantize_rows,
 )
-from cm3.model.transformer import Transformer
 from cm3.tokenizers.vocabulary import Vocabulary
 
-KINDS = {
-    "cm3leon": {},
-    "chameleon": {
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "position": "rope",
-        "qk_norm": True,
-        "qk_norm_per_head": True,
-        "num_key_value_heads": 2,
-        "tie_embeddings": False,
-    },
-}
 SEEDS = st.integers(0, 10_000)
 SIZES = st.sampled_from([1e-6, 0.02, 1.0, 300.0])
-
-
-def transformer_of(kind, **changes):
-    torch.manual_seed(0)
-    shape = {"vocabulary_size": 40, "width": 32, "num_layers": 2, "num_heads": 4, "max_positions": 24}
-    config = ModelConfig(**shape, zero_init_outputs=False, init_std=0.2, **KINDS[kind], **changes)
-    return Transformer(config).eval()
-
-
-@torch.no_grad()
-def logits(transformer):
-    return transformer.logits(transformer(torch.arange(40).reshape(2, 20))).float()
 
 
 def random(rows, columns, seed, size=1.0):

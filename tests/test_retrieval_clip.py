@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from norm_gradients import worst_norm_gradient
 from PIL import Image
 
 from cm3.data.scenes import example
@@ -54,6 +55,20 @@ def test_texts_are_cut_and_start_with_a_token(tokenizer):
     assert tokens_BT.shape == (2, 6) and mask_BT.sum(1).tolist() == [6, 1 + len(tokenizer.encode("a"))]
     assert tokens_BT[:, 0].tolist() == [0, 0] and tokens_BT[0, 1:].tolist() == tokenizer.encode("red " * 30)[:5]
     assert (tokens_BT[~mask_BT] == 1).all()
+
+
+def test_norms_learn_exactly_in_bfloat16(encoder):
+    """Positions in float32 keep the sums of the blocks in float32, where torch's norms make no error."""
+    model = encoder.model.requires_grad_().train()
+    image_BCHW, tokens_BT = torch.rand(256, 3, 64, 64), torch.randint(300, (256, 12))
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            image_BE = model.encode_images(image_BCHW)
+            text_BE = model.encode_texts(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool))
+        return info_nce(text_BE, image_BE, model.log_scale).loss
+
+    assert worst_norm_gradient(model, forward) < 1e-3
 
 
 def test_info_nce_by_hand():

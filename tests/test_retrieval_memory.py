@@ -109,11 +109,10 @@ def test_several_processes_make_the_same_memory(tmp_path, tokenizer, memory):
 def test_append_and_delete(tmp_path, tokenizer):
     memory = build(tmp_path, tokenizer, replace(SCENES, limit=6))
     more = list(open_source(replace(SCENES, limit=7, seed=8)))
-    assert memory.append(open_source(replace(SCENES, limit=7, seed=8)), tokenizer, ENCODER) == range(6, 13)
+    assert memory.append(open_source(replace(SCENES, limit=7, seed=8)), tokenizer, ENCODER) == (range(6, 13), 0)
     queries_NE = document_vectors(ENCODER, more)
     assert memory.search(queries_NE, 1)[1][:, 0].tolist() == list(range(6, 13))
-    memory.delete([8, 0])
-    memory.delete([9])
+    assert (memory.delete([8, 0, 8]), memory.delete([9, 0])) == (2, 1)
     for opened in (memory, Memory.open(tmp_path)):
         assert opened.rows.tolist() == [1, 2, 3, 4, 5, 6, 7, 10, 11, 12]
         scores_NK, rows_NK = opened.search(queries_NE, 12)
@@ -122,8 +121,70 @@ def test_append_and_delete(tmp_path, tokenizer):
         assert opened.find(["scenes/train:2"]) == [2]  # the appended one of this name, row 8, is deleted
     with pytest.raises(DataError, match="row 13 is not in .* rows 0 to 12"):
         memory.delete([13])
-    memory.delete(range(13))
+    for rows, message in (([8], r"row 8 was deleted from .* before"), ([0, 9], "all 2 rows were deleted")):
+        with pytest.raises(DataError, match=message):
+            memory.delete(rows)
+    assert memory.delete(range(13)) == 10
     assert len(memory) == 0 and (memory.search(queries_NE, 2)[1] == -1).all()
+
+
+def forbid_reading(monkeypatch):
+    monkeypatch.setattr(DocumentTokenizer, "tokenize", lambda *_: pytest.fail("rows were read again"))
+
+
+def test_append_leaves_out_what_is_there(tmp_path, tokenizer, documents, monkeypatch):
+    memory = build(tmp_path, tokenizer, replace(SCENES, limit=6))
+    ten = open_source(replace(SCENES, limit=10))
+    assert memory.append(ten, tokenizer, ENCODER) == (range(6, 10), 6)
+    whole = build(tmp_path / "whole", tokenizer, replace(SCENES, limit=10))
+    for opened in (memory, Memory.open(tmp_path)):
+        assert [opened.metadata(row)["row"] for row in range(10)] == [f"scenes/train:{row}" for row in range(10)]
+        queries_NE = document_vectors(ENCODER, documents)
+        for found, expected in zip(opened.search(queries_NE, 10), whole.search(queries_NE, 10), strict=True):
+            assert np.array_equal(found, expected)
+    before = memory.hash
+    with monkeypatch.context() as patched:
+        forbid_reading(patched)
+        with pytest.raises(DataError, match="holds all 10 documents of scenes already; there is none to add"):
+            Memory.open(tmp_path).append(ten, tokenizer, ENCODER)
+    with pytest.raises(DataError, match="holds all 4 documents of scenes already"):  # the rows are cut in other parts
+        memory.append(open_source(replace(SCENES, limit=4)), tokenizer, ENCODER)
+    assert (len(memory), Memory.open(tmp_path).hash) == (10, before)
+    memory.delete([2, 7])
+    assert memory.append(ten, tokenizer, ENCODER) == (range(10, 12), 8)
+    assert [memory.metadata(row)["row"] for row in (10, 11)] == ["scenes/train:2", "scenes/train:7"]
+
+
+def test_an_interrupted_append_goes_on(tmp_path, tokenizer, monkeypatch):
+    memory = build(tmp_path, tokenizer, replace(SCENES, limit=6))
+    with monkeypatch.context() as patched:
+        patched.setattr("cm3.retrieval.memory.write_index", lambda *_: exit("killed before the index of shards"))
+        with pytest.raises(SystemExit):
+            memory.append(open_source(SCENES), tokenizer, ENCODER)
+    forbid_reading(monkeypatch)
+    memory = Memory.open(tmp_path)
+    assert len(memory) == 6
+    assert memory.append(open_source(SCENES), tokenizer, ENCODER) == (range(6, 14), 6)
+
+
+def test_a_folder_with_other_things_is_no_place_for_a_memory(tmp_path, tokenizer):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    tokenizer.save(tmp_path / "prepared")  # as `cm3 prepare` leaves it
+    (tmp_path / "prepared" / "shards").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("photos", "photos holds other things, such as cat.png; choose a new or empty folder"),
+        ("prepared", "prepared holds other things, such as "),
+        ("file", "file is a file, not a folder"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(DataError, match=message):
+            build(tmp_path / name, tokenizer)
+        assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").write_text("")
+    assert len(build(tmp_path / "empty", tokenizer, replace(SCENES, limit=2))) == 2
 
 
 def test_an_index_that_lags_behind_is_made_anew(tmp_path, tokenizer, documents):
@@ -148,7 +209,7 @@ def test_what_does_not_fit_a_memory_is_refused(tmp_path, tokenizer, memory):
     rows = [{"text": "good", "image": "missing.png"}, {"text": "bad", "image": "missing.png"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match="max_bad_fraction"):
-        build(tmp_path, tokenizer, SourceConfig(kind="jsonl", path=str(tmp_path / "rows.jsonl")))
+        build(tmp_path / "new", tokenizer, SourceConfig(kind="jsonl", path=str(tmp_path / "rows.jsonl")))
 
 
 def test_texts_alone_make_a_memory_with_metadata(tmp_path, tokenizer):

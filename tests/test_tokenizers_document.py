@@ -101,7 +101,7 @@ def test_layout_with_retrieved_pairs() -> None:
 
 
 def test_layout_of_framed_images() -> None:
-    """`<s> text begin codes end text </s>` (spec 9.4)."""
+    """`<s> text begin codes end text </s>`, as Chameleon has it."""
     document = TokenizedDocument((tokens(7, 9), image_codes(), tokens(8)))
     ids = document_to_ids(document, FRAMED)
     assert ids.tolist() == [0, 26, 28, 21, 4, 5, 6, 7, 8, 9, 20, 27, 2]

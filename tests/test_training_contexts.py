@@ -114,7 +114,7 @@ def test_the_loader_weights_retrieved_documents(documents):
     assert not numbers
 
 
-def test_shards_are_made_anew_for_another_memory_only(config, retrieval_folder, tmp_path):
+def test_a_memory_may_move_but_another_one_is_refused(config, retrieval_folder, tmp_path):
     shutil.copytree(retrieval_folder / "memory", tmp_path / "memory")
     assert config.retrieval is not None
     settings = replace(config, retrieval=replace(config.retrieval, memory=str(tmp_path / "memory")))
@@ -128,16 +128,19 @@ def test_shards_are_made_anew_for_another_memory_only(config, retrieval_folder, 
     memory = Memory.open(moved)
     used = {row for rows in retrieved_rows(ShardedDocuments(settings.output), memory) for row in rows}
     memory.delete([min(used)])
+    with pytest.raises(ConfigError, match=r"prepared with other settings \(other memory\); choose another output"):
+        run(settings)
+    settings = replace(settings, output=str(tmp_path / "deleted"))
     assert min(used) not in {row for rows in retrieved_rows(ShardedDocuments(run(settings)), memory) for row in rows}
-    assert path.stat().st_mtime_ns != before
 
-    replaced = path.stat().st_mtime_ns
     shutil.rmtree(moved)
     source = open_source(replace(config.data, limit=20))
     Memory.build(source, DocumentTokenizer.load(config.output), memory.open_encoder(), moved)
     settings = replace(settings, retrieval=replace(settings.retrieval, encoder=memory.encoder_name))
-    run(settings)
-    assert path.stat().st_mtime_ns != replaced
+    with pytest.raises(ConfigError, match=r"\(.*other memory\)"):
+        run(settings)
+    with pytest.raises(ConfigError, match=r"\(retrieval: \{.*\} there, null now\)"):
+        run(replace(settings, retrieval=None))
 
 
 def test_retrieval_is_set_in_yaml_and_on_the_command_line(config, tmp_path):

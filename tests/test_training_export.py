@@ -6,14 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from full_disk import FOUND, full_disk
 from process_group import process_group
 from tiny_run import tiny_run
 
-from cm3.checkpoint import load_tensors
+from cm3.checkpoint import load_tensors, read_json
+from cm3.cli import main
 from cm3.config import load_config
 from cm3.data.scenes import example
 from cm3.data.shards import shard_path, write_index, write_shard
-from cm3.errors import ModelFilesError
+from cm3.errors import ModelFilesError, RequestError
 from cm3.model.lora import LoRAConfig, load_adapter
 from cm3.model.pretrained import TOKENIZER_FILES, load_model
 from cm3.model.transformer import Transformer
@@ -133,3 +135,78 @@ def test_what_cannot_be_exported_is_named(run, tmp_path):
     with pytest.raises(ModelFilesError, match="cannot be used: weights.safetensors is not what was written"):
         export_checkpoint(checkpoint, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("limit", [0, 2_000, 20_000])
+def test_a_full_disk_leaves_no_half_of_a_model(run, tmp_path, capsys, limit):
+    export_checkpoint(run / "checkpoints" / "step_00000002", tmp_path / "old")
+    before = contents(tmp_path)
+    for name in ("new", "old"):
+        with full_disk(limit):
+            assert main(["export", str(run), "--out", str(tmp_path / name)]) == 2
+        out, error = capsys.readouterr()
+        assert f"cannot write the folder {tmp_path / name} ({FOUND}); make room or mend the place" in error
+        assert out == "" and error.count("\n") == 1
+    assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert main(["export", str(run), "--out", str(tmp_path / "new")]) == 0
+    assert contents(tmp_path / "new").keys() == contents(tmp_path / "old").keys()
+
+
+def test_a_place_that_cannot_be_written_is_named(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ModelFilesError, match=r"cannot write the folder .*file/model \((Not a directory|File exists)\)"
+    ):
+        export_checkpoint(run, tmp_path / "file" / "model")
+
+
+def test_an_earlier_export_of_the_run_is_replaced_whole(run, tmp_path):
+    out = tmp_path / "model"
+    out.mkdir()  # an empty folder is as good as none
+    export_checkpoint(run / "checkpoints" / "step_00000002", out)
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"of a larger model")
+    (tmp_path / "link").symlink_to(out)
+    export_checkpoint(run, tmp_path / "link")
+    newest = export_checkpoint(run, tmp_path / "other") / "average.safetensors"
+    assert contents(out) == contents(tmp_path / "other") and (tmp_path / "link").is_symlink()
+    expected = logits(load_tensors(newest), CM3.from_pretrained(out).transformer.config)
+    assert torch.equal(run_model(CM3.from_pretrained(out).transformer), expected)
+    ours, theirs = (read_json(folder / "config.json") for folder in (out, run / "model"))
+    assert ours == theirs, "what the run itself wrote is an export of it, too"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "notes.txt").write_text("mine"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("no JSON"),
+        lambda folder: (folder / "config.json").write_text("[]"),
+    ],
+)
+def test_a_folder_with_anything_else_is_left_alone(run, tmp_path, spoil):
+    export_checkpoint(run, tmp_path / "model")
+    spoil(tmp_path / "model")
+    before = contents(tmp_path)
+    with pytest.raises(RequestError) as caught:
+        export_checkpoint(run, tmp_path / "model")
+    assert str(caught.value) == (
+        f"{tmp_path / 'model'} is not empty, and what it holds is not just an earlier export of {run}; choose a folder "
+        "that does not exist yet"
+    )
+    assert contents(tmp_path) == before
+
+
+def test_the_export_of_another_run_and_a_file_are_left_alone(run, tmp_path, capsys):
+    shutil.copytree(run / "checkpoints", tmp_path / "other" / "checkpoints")
+    export_checkpoint(tmp_path / "other", tmp_path / "model")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    for name in ("model", "file"):
+        assert main(["export", str(run), "--out", str(tmp_path / name)]) == 2
+        assert f"{tmp_path / name} is not empty" in capsys.readouterr().err
+    assert contents(tmp_path) == before

@@ -83,7 +83,7 @@ def test_run_writes_a_tokenizer_that_learned(tmp_path, capsys):
     assert load_config(ImageTokenizerRun, tmp_path / "config.yaml") == config
 
 
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     adversarial = AdversarialConfig(start_step=5, base_channels=8, num_layers=1)
     whole = tiny_run(tmp_path / "whole", adversarial=adversarial)
     expected = ImageTokenizer.load(image_tokenizer.run(whole)).hash
@@ -98,6 +98,10 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     part = replace(whole, output=str(tmp_path / "part"))
     monkeypatch.setattr(image_tokenizer, "train_step", stop_in_seventh)
     assert image_tokenizer.run(part) is None
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"stopped by SIGTERM after step 7 of 12, saved in {tmp_path / 'part' / 'checkpoint.safetensors'}; the same "
+        "command goes on from there"
+    )
     monkeypatch.setattr(image_tokenizer, "train_step", train_step)
     assert ImageTokenizer.load(image_tokenizer.run(part)).hash == expected
     assert not (tmp_path / "part" / "tokenizer" / "checkpoint.safetensors").exists()

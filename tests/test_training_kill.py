@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 
 import pytest
 import torch
-from killed_run import finish, kill_after, kill_at
+from killed_run import finish, kill_after, kill_at, stop_after
 from tiny_run import losses, prepare, tiny_run
 
 from cm3.checkpoint import load_tensors
@@ -106,6 +107,29 @@ def test_killed_on_two_processes_and_resumed_on_one(data, tmp_path):
     resumed = finish(killed)
     assert any("resumed from" in line for line in resumed)
     assert_close(tmp_path / "killed", tmp_path / "whole")
+
+
+def stopped_at(told, output, steps=STEPS):
+    """The step that the last line of a stopped run names, of which there is a checkpoint."""
+    where = re.escape(str(output / "checkpoints"))
+    line = f"stopped by SIGTERM after step (\\d+) of {steps}, saved in {where}; the same command goes on from there"
+    found = re.fullmatch(line, told[-1])
+    assert found, told[-1]
+    assert newest_checkpoint(output / "checkpoints").name == f"step_{int(found[1]):08d}"
+    return int(found[1])
+
+
+def test_sigterm_saves_and_ends_well_and_the_same_command_goes_on(data, whole, tmp_path):
+    config = frequent(data, tmp_path / "run")
+    step = stopped_at(stop_after(config, 2), tmp_path / "run")
+    assert 2 <= step < STEPS
+    assert any(f"resumed from {tmp_path / 'run'}" in line for line in finish(config))
+    assert_the_same(tmp_path / "run", whole)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(data, tmp_path):
+    config = dataclasses.replace(portable(data, tmp_path / "run", steps=40), micro_batch_rows=1)
+    assert 2 <= stopped_at(stop_after(config, 2, num_processes=2), tmp_path / "run", steps=40) < 40
 
 
 def assert_close(killed, whole):

@@ -9,16 +9,16 @@ from cm3.config import load_config
 from cm3.model.config import parameter_count
 from cm3.training.config import ModelRun
 from cm3.training.memory_table import PROCESSES, memory_table
-from cm3.training.show import GIB, activation_bytes
+from cm3.training.show import activation_bytes
 from cm3.training.stages import show
 
 PRETRAIN = Path(__file__).parents[1] / "configs" / "pretrain"
 
 
-def cells(table):
+def cells(table, unit="GiB"):
     """Stage -> what stands in its line."""
     header, *lines = table.splitlines()
-    assert header.split() == "GiB of a process 1 GPU 8 GPUs 64 GPUs 512 GPUs".split()
+    assert header.split() == f"{unit} of a process 1 GPU 8 GPUs 64 GPUs 512 GPUs".split()
     rows = [line.split() for line in lines[:4]]
     why = "  -: the stage does not go with other settings, or the rows of a step do not split evenly"
     assert lines[4:] == [why] * any("-" in row for row in rows)
@@ -32,17 +32,23 @@ def test_the_table_is_that_of_the_zero_paper_plus_activations(size):
     found = cells(memory_table(config))
     parameters, activations = parameter_count(config.model), activation_bytes(config)
     for stage, bytes_of in {1: lambda n: 4 + 12 / n, 2: lambda n: 2 + 14 / n, 3: lambda n: 16 / n}.items():
-        expected = [f"{(parameters * bytes_of(n) + activations) / GIB:.1f}" for n in PROCESSES]
+        expected = [f"{(parameters * bytes_of(n) + activations) / 2**30:.1f}" for n in PROCESSES]
         most = config.batch_rows // config.micro_batch_rows
         assert found[stage] == [cell if n <= most else "-" for n, cell in zip(PROCESSES, expected)]
     assert found[0] == ["-"] * 4  # bf16 needs stage 1
 
 
 def test_what_a_run_cannot_do_has_no_figure(tmp_path):
-    averaged = cells(memory_table(tiny_run(tmp_path, tmp_path, precision="fp32", ema_decay=0.9)))
+    averaged = cells(memory_table(tiny_run(tmp_path, tmp_path, precision="fp32", ema_decay=0.9)), "KiB")
     for stage in (0, 1, 2):
         assert averaged[stage][0] != "-" and averaged[stage][1:] == ["-"] * 3  # 4 rows a step are 2 processes' work
     assert averaged[3] == ["-"] * 4
+
+
+def test_a_small_model_has_figures_in_a_small_unit():
+    config = load_config(ModelRun, PRETRAIN.parent / "demo" / "model.yaml")
+    parameters, activations = parameter_count(config.model), activation_bytes(config)
+    assert cells(memory_table(config), "MiB")[1][0] == f"{(16 * parameters + activations) / 2**20:.1f}"
 
 
 def test_show_prints_it_after_the_run_itself():

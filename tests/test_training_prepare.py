@@ -1,15 +1,21 @@
 """`cm3 prepare`: raw rows to a folder that trains, again without doing the work twice."""
 
 import json
+import os
+import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image as PILImage
 
-from cm3.config import load_config
+from cm3.cli import main
+from cm3.config import dump_config, load_config
 from cm3.data.loader import PackedLoader
+from cm3.data.shard_sums import look_at_shard
 from cm3.data.shards import ShardedDocuments, shard_path
 from cm3.data.sources import SourceConfig, open_source
 from cm3.errors import ConfigError, DataError
@@ -18,7 +24,7 @@ from cm3.tokenizers.document import DocumentTokenizer
 from cm3.tokenizers.image import ImageTokenizer
 from cm3.tokenizers.text import TextTokenizer, TextTokenizerConfig
 from cm3.tokenizers.vqgan import VQGAN, VQGANConfig
-from cm3.training.prepare import PrepareConfig, run
+from cm3.training.prepare import PrepareConfig, Preparer, run
 from cm3.training.prepare_report import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +53,18 @@ def tokenizers(tmp_path_factory) -> str:
 def config(tokenizers: str, output: Path, **settings) -> PrepareConfig:
     settings = {"data": SCENES, "num_sentinels": 8, "rows_per_shard": 4, "batch_size": 3, **settings}
     return PrepareConfig(text_tokenizer=tokenizers, image_tokenizer=tokenizers, output=str(output), **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tokenizers, tmp_path_factory) -> Path:
+    """A finished folder, to be copied."""
+    return run(config(tokenizers, tmp_path_factory.mktemp("finished")))
+
+
+@pytest.fixture
+def out(finished, tmp_path) -> Path:
+    """A finished folder."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
 def test_prepared_documents_are_the_source_tokenised(tokenizers, tmp_path):
@@ -98,21 +116,177 @@ def test_a_second_run_keeps_what_is_whole_and_fits(tokenizers, tmp_path):
     assert [before[number] == after[number] for number in range(3)] == [True, False, True]
     assert (tmp_path / "report.json").read_bytes() == report
 
-    run(replace(first, data=replace(SCENES, limit=5, seed=1)))
-    documents = ShardedDocuments(tmp_path)
-    assert len(documents) == 5
-    assert not shard_path(tmp_path, 2).exists()
-    expected = DocumentTokenizer.load(tmp_path).tokenize(list(open_source(replace(SCENES, limit=5, seed=1))))
-    assert documents[0].segments == expected[0].segments
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What a folder holds: the bytes and the time of change of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_a_shard_that_was_cut_off_is_made_anew(tokenizers, tmp_path):
-    run(config(tokenizers, tmp_path))
-    whole = {path: path.read_bytes() for path in (shard_path(tmp_path, 0), shard_path(tmp_path, 1))}
-    damaged = shard_path(tmp_path, 1)
-    for size in (len(whole[damaged]) * 3 // 4, 100, 0):
+def test_a_finished_folder_is_said_to_be_finished_and_left_alone(tokenizers, out, capsys):
+    before = contents(out)
+    run(config(tokenizers, out, batch_size=5))
+    assert contents(out) == before
+    printed = capsys.readouterr().out
+    assert "10 rows read, 10 kept, 0 skipped" in printed
+    assert printed.endswith(f"{out} was finished before: nothing was left to do\n")
+
+
+def test_a_shard_with_a_changed_byte_is_made_anew_alone(out, finished):
+    path = shard_path(out, 1)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    path.write_bytes(damaged)
+    cure = f"cm3 prepare {out}/config.yaml --output {out}"
+    with pytest.raises(DataError, match=rf"00001\.arrow has the checksum .*{cure}"):
+        ShardedDocuments(out, check=True)
+    assert main(cure.split()[1:]) == 0
+    assert len(ShardedDocuments(out, check=True)) == 10
+    before, after = contents(finished), contents(out)
+    names = {name for name in before if name != "config.yaml"}  # it names the output
+    assert {name: after[name][0] for name in names} == {name: before[name][0] for name in names}
+    shards = [f"shards/{number:05d}.arrow" for number in range(3)]
+    assert [before[name] == after[name] for name in shards] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"data": replace(SCENES, limit=5)}, "data.limit: 10 there, 5 now"),
+        ({"data": replace(SCENES, seed=1)}, "data.seed: 0 there, 1 now"),
+        ({"data": replace(SCENES, limit=20, seed=1)}, "data.limit: 10 there, 20 now; data.seed: 0 there, 1 now"),
+        (
+            {"data": SourceConfig(kind="scene_tasks", limit=10, tasks={"vqa": 1.0})},
+            'data.kind: "scenes" there, "scene_tasks" now; data.tasks.vqa: null there, 1.0 now',
+        ),
+        ({"num_sentinels": 4}, "num_sentinels: 8 there, 4 now; other tokenizers"),
+        ({"rows_per_shard": 5, "num_processes": 2}, "rows_per_shard: 4 there, 5 now"),
+    ],
+)
+def test_other_settings_are_refused_and_named(tokenizers, out, capsys, changes, difference):
+    for is_finished in (True, False):
+        if not is_finished:
+            (out / "shards" / "index.json").unlink()
+            shard_path(out, 1).unlink()
+        before = contents(out)
+        with pytest.raises(ConfigError) as caught:
+            run(config(tokenizers, out, **changes))
+        assert str(caught.value) == (
+            f"{out} holds shards that were prepared with other settings ({difference}); choose another output, or "
+            f"delete {out} to prepare it anew"
+        )
+        assert contents(out) == before and capsys.readouterr().out == ""
+
+
+def test_other_tokenizers_and_raw_rows_under_the_same_names_are_refused(tokenizers, tmp_path):
+    mine, raw = tmp_path / "tokenizers", tmp_path / "raw"
+    shutil.copytree(tokenizers, mine)
+    raw.mkdir()
+    PILImage.new("RGB", (32, 32)).save(raw / "0.png")
+    (raw / "0.txt").write_text("black")
+    settings = config(str(mine), tmp_path / "out", data=SourceConfig(kind="folder", path=str(raw)))
+    run(settings)
+    (raw / "0.txt").write_text("white and black")
+    with pytest.raises(ConfigError, match=r"prepared with other settings \(other raw files\); choose another output"):
+        run(settings)
+    (raw / "0.txt").write_text("black")
+    texts = [f"another text {number}" for number in range(300)]
+    TextTokenizer.train(texts, TextTokenizerConfig(vocabulary_size=300)).save(mine / "tokenizer.model")
+    with pytest.raises(ConfigError, match=r"\(other tokenizers; other raw files\)"):  # their time of change is another
+        run(settings)
+    as_before(shard_path(tmp_path / "out", 0))
+    with pytest.raises(ConfigError, match=r"\(other raw rows, tokenizers or memory, or another version of open-cm3\)"):
+        run(settings)
+
+
+def test_a_larger_limit_goes_on_and_keeps_whole_shards(tokenizers, out, tmp_path, capsys):
+    before, larger = contents(out), {"data": replace(SCENES, limit=14)}
+    run(config(tokenizers, out, **larger))
+    assert f"going on with what {out} holds (data.limit: 10 there, 14 now)" in capsys.readouterr().out.splitlines()
+    after, fresh = contents(out), contents(run(config(tokenizers, tmp_path / "fresh", **larger)))
+    shards = [f"shards/{number:05d}.arrow" for number in range(3)]
+    assert [after[name] == before[name] for name in shards] == [True, True, False]
+    names = {name for name in fresh if name != "config.yaml"}  # it names the output
+    assert {name: after[name][0] for name in names} == {name: fresh[name][0] for name in names}
+    assert after.keys() == fresh.keys()
+    assert load_config(PrepareConfig, out / "config.yaml") == config(tokenizers, out, **larger)
+
+
+def as_before(path: Path) -> None:
+    """Make a shard what it was before there were checksums."""
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    metadata = {key: value for key, value in table.schema.metadata.items() if key != b"inputs"}
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema.with_metadata(metadata)) as writer:
+        writer.write_table(table)
+    assert look_at_shard(path).num_bytes == 0
+
+
+def test_shards_of_before_there_were_checksums_are_kept(tokenizers, out):
+    for number in range(2):
+        as_before(shard_path(out, number))
+    (out / "shards" / "index.json").unlink()
+    shard_path(out, 2).unlink()
+    before = contents(out)
+    run(config(tokenizers, out))
+    after = contents(out)
+    assert all(after[name] == before[name] for name in ("shards/00000.arrow", "shards/00001.arrow"))
+    assert look_at_shard(shard_path(out, 2)).num_bytes > 0
+    assert len(ShardedDocuments(out, check=True)) == 10
+
+
+@pytest.mark.parametrize("damage", [b"not JSON", b"{}", b"[1]"])
+def test_a_damaged_index_is_written_anew(tokenizers, out, finished, damage):
+    index = Path("shards", "index.json")
+    (out / index).write_bytes(damage)
+    run(config(tokenizers, out))
+    assert (out / index).read_bytes() == (finished / index).read_bytes()
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(tokenizers, out):
+    shard_path(out, 2).unlink()
+    left = out / "shards" / ".0123abcd.tmp.00002.arrow"
+    left.write_bytes(b"half")
+    run(config(tokenizers, out))
+    assert not left.exists() and len(ShardedDocuments(out, check=True)) == 10
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_settings(tokenizers, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    output = tmp_path / "file" / "out"
+    path = tmp_path / "prepare.yaml"
+    path.write_text(dump_config(config(tokenizers, output), stage="prepare"))
+    assert main(["prepare", str(path)]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error == (
+        f"error: cannot write the prepared folder {output} (Not a directory); make room or mend the folder, and give "
+        "the same command to go on: shards that are whole are kept\n"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limits")
+def test_a_full_disk_costs_only_the_shard_that_was_being_written(tokenizers, out):
+    """A limit on the size of files stands in for the full disk: the system refuses the write in the same way."""
+    for name in ("00001.arrow", "00002.arrow", "index.json"):
+        (out / "shards" / name).unlink()
+    before, preparer = contents(out), Preparer(config(tokenizers, out))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        for write in (lambda: preparer.make(1), lambda: preparer.make(0), lambda: run(preparer.config)):
+            with pytest.raises(DataError, match=rf"cannot write the prepared folder {out} \(File too large\); make"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert contents(out) == before
+    assert len(ShardedDocuments(run(preparer.config), check=True)) == 10
+
+
+def test_a_shard_that_was_cut_off_is_made_anew(tokenizers, out):
+    whole = {path: path.read_bytes() for path in (shard_path(out, 0), shard_path(out, 1))}
+    damaged = shard_path(out, 1)
+    for size in (len(whole[damaged]) * 3 // 4, 0):
         damaged.write_bytes(whole[damaged][:size])
-        run(config(tokenizers, tmp_path))
+        run(config(tokenizers, out))
         assert {path: path.read_bytes() for path in whole} == whole
 
 

@@ -76,7 +76,7 @@ def test_a_run_learns_and_writes_an_encoder(tmp_path, text_tokenizer, capsys):
     assert load_config(RetrieverRun, tmp_path / "config.yaml") == config
 
 
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, text_tokenizer, monkeypatch):
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, text_tokenizer, monkeypatch, capsys):
     expected = open_encoder(retriever.run(tiny_run(tmp_path / "whole", text_tokenizer))).hash
     part = tiny_run(tmp_path / "part", text_tokenizer)
     train_step = retriever.train_step
@@ -88,6 +88,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, text_tokenizer, monk
 
     monkeypatch.setattr(retriever, "train_step", stop_in_fourth)
     assert retriever.run(part) is None
+    assert "stopped by SIGTERM after step 4 of 6, saved in" in capsys.readouterr().out.splitlines()[-1]
     monkeypatch.setattr(retriever, "train_step", train_step)
     assert open_encoder(retriever.run(part)).hash == expected
     with pytest.raises(ModelFilesError, match="wrongly shaped"):

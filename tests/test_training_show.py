@@ -5,7 +5,7 @@ from tiny_run import tiny_run
 
 from cm3.model.config import named_size
 from cm3.training.config import DataConfig
-from cm3.training.show import activation_bytes, memory, show_model_run, total_flops
+from cm3.training.show import activation_bytes, amount, memory, show_model_run, total_flops
 
 
 def run_7b(tmp_path, **changes):
@@ -44,5 +44,25 @@ def test_flops_are_about_six_per_parameter_and_token(tmp_path):
 def test_the_report_names_everything(tmp_path):
     report = show_model_run(tiny_run("data", "run"), num_processes=2)
     for part in ("sequence_length: 32", "parameters ", "tokens per step     128 = 4 rows of 32", "FLOPs of the run",
-                 "1 of 2 rows in each of 2 processes", "GiB at ZeRO stage 1"):  # fmt: skip
+                 "1 of 2 rows in each of 2 processes", "KiB at ZeRO stage 1"):  # fmt: skip
         assert part in report
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0.0 KiB"),
+        (512, "0.5 KiB"),
+        (12_471_000, "11.9 MiB"),
+        (2**20 - 1, "1024.0 KiB"),
+        (2**20, "1.0 MiB"),
+        (108_700_000_000, "101.2 GiB"),
+    ],
+)
+def test_amounts_have_the_largest_unit_of_which_there_is_one(num_bytes, text):
+    assert amount(num_bytes) == text
+
+
+def test_a_small_model_is_not_said_to_need_nothing(tmp_path):
+    report = show_model_run(tiny_run("data", "run"))
+    assert "GiB" not in report and " 0.0 " not in report

@@ -13,6 +13,8 @@ from process_group import process_group
 from tiny_run import TOKENIZER_HASH, VOCABULARY, losses, mark_as_retrieved, prepare, tiny_run
 
 from cm3.checkpoint import load_tensors
+from cm3.cli import main
+from cm3.config import dump_config
 from cm3.data.shards import ShardedDocuments
 from cm3.errors import ConfigError, ModelFilesError
 from cm3.model.config import ModelConfig
@@ -53,7 +55,7 @@ def test_both_modalities_are_logged(folder):
     assert 1 < text < VOCABULARY.size and 1 < image < VOCABULARY.size
 
 
-def test_a_stopped_run_resumes_exactly(folder, monkeypatch):
+def test_a_stopped_run_resumes_exactly(folder, monkeypatch, capsys):
     def stop_at_five(step, *arguments):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -61,8 +63,14 @@ def test_a_stopped_run_resumes_exactly(folder, monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(train, "learning_rate_at", stop_at_five)
-    assert run_from(folder, "stopped", checkpoint_interval=0) is None
+    config = tiny_run(folder / "data", folder / "stopped", checkpoint_interval=0)
+    (folder / "stopped.yaml").write_text(dump_config(config, stage="model"))
+    assert main(["train", str(folder / "stopped.yaml")]) == 0
     stopped_at = max(losses(folder / "stopped"))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"stopped by SIGTERM after step {stopped_at} of 12, saved in {folder / 'stopped' / 'checkpoints'}; the same "
+        "command goes on from there"
+    )
     assert stopped_at in (5, 6)
     assert newest_checkpoint(folder / "stopped" / "checkpoints").name == f"step_{stopped_at:08d}"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -71,7 +79,7 @@ def test_a_stopped_run_resumes_exactly(folder, monkeypatch):
     monkeypatch.undo()
     with (folder / "stopped" / "metrics.jsonl").open("a") as file:  # as if it had gone on without a checkpoint
         file.write('{"split": "train", "step": 99, "loss": 0.0}\n')
-    run_from(folder, "stopped", checkpoint_interval=0)
+    assert main(["train", str(folder / "stopped.yaml")]) == 0
     assert losses(folder / "stopped") == losses(folder / "whole")
     ours, whole = (load_tensors(folder / name / "model" / "model.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
@@ -98,6 +106,24 @@ def test_the_model_folder_is_complete(folder):
         assert torch.equal(tensor, average[f"model.{name}"].bfloat16())
     card = (model_folder / "README.md").read_text(encoding="utf-8")
     assert "| Validation loss |" in card and "stage: model" in card and "| Steps | 12 of 4 rows" in card
+
+
+def test_a_model_that_cannot_be_written_costs_only_the_writing(folder, capsys):
+    changes = {"steps": 2, "evaluation_interval": 0}
+    model = folder / "unwritten" / "model"
+    model.parent.mkdir()
+    model.write_text("in the way")
+    with pytest.raises(ModelFilesError, match=r"cannot write the folder .*model \(Not a directory\); make room"):
+        run_from(folder, "unwritten", **changes)
+    assert model.read_text() == "in the way"
+    model.unlink()
+    before = {path: path.read_bytes() for path in (folder / "unwritten" / "checkpoints").rglob("*.safetensors")}
+    capsys.readouterr()
+    run_from(folder, "unwritten", **changes)
+    assert "resumed from" in capsys.readouterr().out and load_model(model)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    run_from(folder, "unwritten", **changes | {"steps": 3})
+    assert "| Steps | 3 of 4 rows" in (model / "README.md").read_text()
 
 
 def test_other_tokenizers_are_refused(folder):

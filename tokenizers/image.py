@@ -1,4 +1,4 @@
-"""Pictures in and out: any picture file to RGB, and RGB to a grid of codes and back (spec 1.1)."""
+"""Pictures in and out: any picture file to RGB, and RGB to a grid of codes and back (CM3Leon, section 2.1)."""
 
 import hashlib
 import io

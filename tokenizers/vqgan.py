@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cm3.errors import ConfigError
+from cm3.tokenizers.layer_norm import LayerNorm
 from cm3.tokenizers.quantizer import VectorQuantizer
 
 NORM_GROUP_WIDTH = 16
@@ -151,10 +152,10 @@ class BlockEncoder(nn.Module):
         width = 2 * config.widths[-1]
         self.fold = nn.Linear(3 * config.downsampling**2, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            nn.Sequential(LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
             for _ in range(config.num_residual_blocks)
         )
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.code_width))
+        self.out = nn.Sequential(LayerNorm(width), nn.Linear(width, config.code_width))
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         side = self.downsampling

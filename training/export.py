@@ -1,25 +1,24 @@
-"""The weights of a run as a model folder, at its end or from a checkpoint; its card says how they came about."""
+"""The weights of a run as a model folder, at its end or from a checkpoint, written whole or not at all."""
 
 import dataclasses
-import platform
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cm3.checkpoint import load_tensors
-from cm3.config import dump_config, load_config
-from cm3.distributed import barrier, is_main, world_size
-from cm3.errors import ModelFilesError
-from cm3.model.config import parameter_count
-from cm3.model.lora import adapter_parameter_count, merge_adapter, save_adapter, weights_hash
-from cm3.model.pretrained import load_model, save_model
+from cm3.checkpoint import INDEX_FILE, WEIGHTS_FILE, load_tensors, new_folder, read_json, require_empty, write_json
+from cm3.config import load_config
+from cm3.errors import ModelFilesError, RequestError
+from cm3.model.lora import merge_adapter, save_adapter, weights_hash
+from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model, tokenizer_files
+from cm3.pretrained import CONFIG_FILE as MODEL_CONFIG_FILE
 from cm3.pretrained import resolve_model
 from cm3.tokenizers.document import DocumentTokenizer
 from cm3.training.average import WeightAverage
+from cm3.training.card import hardware, model_card
 from cm3.training.config import ModelRun
-from cm3.training.engine import Engine
-from cm3.training.metrics import duration
+from cm3.training.engine import Engine, from_main
 from cm3.training.state import (
     AVERAGE_FILE,
     CONFIG_FILE,
@@ -31,6 +30,8 @@ from cm3.training.state import (
 )
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_RUN_KEY = "run_hash"
+"""In config.json: the run that the weights are of, see `_run_hash`."""
 
 
 def export_model(
@@ -41,21 +42,21 @@ def export_model(
     state: RunState,
     validation: dict[str, float],
 ) -> Path:
-    """Write the model folder of a run from the fp32 weights, or from their average. A collective."""
+    """Write the model folder of a run from the fp32 weights, or from their average, in place of an earlier one.
+
+    A collective.
+
+    Raises:
+        ModelFilesError: in every process; the disk is full or the folder cannot be written.
+    """
     tensors = dict(average.tensors if average else engine.state("weights"))
-    if is_main():
-        save_model(
-            folder,
-            strip_prefix(tensors),
-            config.model,
-            tokenizer_folder=config.data.train_folder,
-            tokenizer_hash=state.tokenizer_hash,
-            card=model_card(config, state, validation, _hardware(engine.device)),
-            generation=dataclasses.asdict(config.generation),
-            dtype=EXPORT_DTYPES[config.export_precision],
-        )
+
+    def write() -> None:
+        card = model_card(config, state, validation, hardware(engine.device))
+        _write_model(folder, strip_prefix(tensors), config, state, Path(config.output), config.data.train_folder, card)
         print(f"wrote the model to {folder}", flush=True)
-    barrier()
+
+    from_main(write)
     return folder
 
 
@@ -67,21 +68,28 @@ def export_adapter(
     state: RunState,
     validation: dict[str, float],
 ) -> Path:
-    """Write the adapter of a run, from its fp32 weights or their average. A collective."""
+    """Write the adapter of a run, from its fp32 weights or their average, in place of an earlier one. A collective.
+
+    Raises:
+        ModelFilesError: in every process; the disk is full or the folder cannot be written.
+    """
     tensors = dict(average.tensors if average else engine.state("weights"))
-    if is_main():
-        save_adapter(
-            folder,
-            strip_prefix(tensors),
-            config.model,
-            config.lora,
-            base=str(config.initialize_from),
-            base_hash=state.base_hash,
-            tokenizer_hash=state.tokenizer_hash,
-            card=model_card(config, state, validation, _hardware(engine.device)),
-        )
+
+    def write() -> None:
+        with new_folder(folder) as temporary:
+            save_adapter(
+                temporary,
+                strip_prefix(tensors),
+                config.model,
+                config.lora,
+                base=str(config.initialize_from),
+                base_hash=state.base_hash,
+                tokenizer_hash=state.tokenizer_hash,
+                card=model_card(config, state, validation, hardware(engine.device)),
+            )
         print(f"wrote the adapter to {folder}", flush=True)
-    barrier()
+
+    from_main(write)
     return folder
 
 
@@ -92,17 +100,20 @@ def export_checkpoint(source: str | Path, out: str | Path, tokenizers: str | Pat
 
     Args:
         source: Folder of a checkpoint, or of a run, whose newest good checkpoint is then taken.
-        out: The model folder.
+        out: The model folder: a new one, or an earlier export of the same run, which is replaced.
         tokenizers: Folder with the tokenizer files; None takes the data of the run.
 
     Returns:
         The checkpoint that was taken.
 
     Raises:
-        ModelFilesError: there is no checkpoint or it is damaged, or the tokenizers, or the model that was adapted, are
-            not those of the run.
+        ModelFilesError: there is no checkpoint or it is damaged, the tokenizers, or the model that was adapted, are
+            not those of the run, or the folder cannot be written.
+        RequestError: `out` holds something else.
     """
     path = _find_checkpoint(Path(source))
+    run = path.resolve().parent.parent
+    _require_replaceable(Path(out), run)
     if damage := checkpoint_damage(path):
         raise ModelFilesError(f"{path} cannot be used: {', '.join(damage)}; export another checkpoint of the run")
     config, state = load_config(ModelRun, path / CONFIG_FILE), read_state(path)
@@ -117,17 +128,62 @@ def export_checkpoint(source: str | Path, out: str | Path, tokenizers: str | Pat
     tensors = strip_prefix(load_tensors(path / (AVERAGE_FILE if has_average else "weights.safetensors")))
     if config.lora.rank:
         tensors = _merged(config, state, tensors)
-    save_model(
-        Path(out),
-        tensors,
-        config.model,
-        tokenizer_folder=folder,
-        tokenizer_hash=state.tokenizer_hash,
-        card=model_card(config, state, {}, "not known: exported from a checkpoint"),
-        generation=dataclasses.asdict(config.generation),
-        dtype=EXPORT_DTYPES[config.export_precision],
-    )
+    card = model_card(config, state, {}, "not known: exported from a checkpoint")
+    _write_model(Path(out), tensors, config, state, run, folder, card)
     return path
+
+
+def _write_model(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: ModelRun,
+    state: RunState,
+    run: Path,
+    tokenizers: str | Path,
+    card: str,
+) -> None:
+    """Write a whole model folder or nothing; `run` is the folder of the run that the weights are of."""
+    with new_folder(folder) as temporary:
+        save_model(
+            temporary,
+            tensors,
+            config.model,
+            tokenizer_folder=tokenizers,
+            tokenizer_hash=state.tokenizer_hash,
+            card=card,
+            generation=dataclasses.asdict(config.generation),
+            dtype=EXPORT_DTYPES[config.export_precision],
+        )
+        path = temporary / MODEL_CONFIG_FILE
+        write_json(path, read_json(path) | {_RUN_KEY: _run_hash(run)})
+
+
+def _run_hash(run: Path) -> str:
+    """SHA-256 of the place of a run, which nobody reads out of a model that is passed on."""
+    return hashlib.sha256(str(run.resolve()).encode()).hexdigest()
+
+
+def _run_of(folder: Path) -> str | None:
+    """The `_run_hash` in a model folder, if it is one and has one."""
+    try:
+        values = read_json(folder / MODEL_CONFIG_FILE)
+    except ModelFilesError:
+        return None
+    return values.get(_RUN_KEY) if isinstance(values, dict) else None
+
+
+def _require_replaceable(folder: Path, run: Path) -> None:
+    """Raise RequestError where a model of that run cannot be written without loss of something else."""
+    try:
+        require_empty(folder)
+    except RequestError as error:
+        names = {MODEL_CONFIG_FILE, GENERATION_FILE, CARD_FILE, WEIGHTS_FILE, INDEX_FILE, *tokenizer_files(folder)}
+        names |= {path.name for path in folder.glob("model-*.safetensors")}
+        if _run_of(folder) != _run_hash(run) or {path.name for path in folder.iterdir()} - names:
+            raise RequestError(
+                f"{folder} is not empty, and what it holds is not just an earlier export of {run}; choose a folder "
+                "that does not exist yet"
+            ) from error
 
 
 def _merged(config: ModelRun, state: RunState, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,62 +211,3 @@ def _find_checkpoint(source: Path) -> Path:
 def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under the transformer's own names (in training it is the `model` of `LossModule`)."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-
-
-def _hardware(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    return f"{world_size()} x {name}, torch {torch.__version__}"
-
-
-def _data_names(train: str | dict[str, str]) -> str:
-    folders = [train] if isinstance(train, str) else list(train.values())
-    return ", ".join(f"`{Path(folder).name}`" for folder in folders)
-
-
-def model_card(config: ModelRun, state: RunState, validation: dict[str, float], hardware: str) -> str:
-    """Return the README.md of a model folder."""
-    weights = f"average of decay {config.ema_decay}" if config.ema_decay else "of the last step"
-    adapters = adapter_parameter_count(config.model, config.lora)
-    trained = f", of which none was trained, and {adapters:,} of its adapters" if adapters else ""
-    rows = {
-        "Parameters": f"{parameter_count(config.model):,}{trained}",
-        "Started from": f"`{config.initialize_from}`" if config.initialize_from else "random weights",
-        "Training data": _data_names(config.data.train),
-        "Objective": f"{config.objective.name}, whole-segment rotation {config.objective.rotation_probability}",
-        "Steps": f"{state.step:,} of {config.batch_rows} rows of {config.data.sequence_length} tokens",
-        "Tokens seen": f"{state.tokens:,}",
-        "Weights": weights,
-        "Precision": f"trained in {config.precision}, saved in {config.export_precision}",
-        "Seed": str(config.seed),
-        "Hardware": hardware,
-        "Training time": duration(state.seconds),
-        "Tokenizer hash": f"`{state.tokenizer_hash[:16]}`",
-    }
-    rows |= {f"Validation {name.replace('_', ' ')}": f"{value:.4f}" for name, value in validation.items()}
-    use = f"--model {config.initialize_from} --adapter FOLDER" if config.lora.rank else "--model FOLDER"
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-library_name: open-cm3
-pipeline_tag: text-to-image
-tags:
-- cm3
-- text-to-image
-- image-to-text
----
-
-# A CM3 model
-
-One decoder-only transformer over text and image tokens, trained with the CM3 objective of CM3Leon (arXiv 2309.02591)
-by open-cm3: it draws pictures from words, writes words for pictures, and fills in parts of both.
-
-| | |
-|---|---|
-{table}
-
-Trained with `cm3 train`, or `torchrun -m cm3 train` on several processes, and this configuration:
-
-```yaml
-{dump_config(config, stage="model")}```
-
-Draw with it: `cm3 generate "..." {use}`.
-"""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm3.checkpoint import write_text
+from cm3.checkpoint import new_folder, write_text
 from cm3.config import dump_config
 from cm3.data.sources import open_source
 from cm3.tokenizers.image import ImageTokenizer, pixels_to_model
@@ -21,7 +21,7 @@ from cm3.training.image_tokenizer_report import ImageTokenizerReport
 from cm3.training.image_tokenizer_state import ImageTokenizerState
 from cm3.training.perceptual import LPIPS
 from cm3.training.pixels import PixelSource, open_pixels, training_pixels
-from cm3.training.stopping import is_due, stop_signal
+from cm3.training.stopping import is_due, stop_report, stop_signal
 
 INITIALIZATION_VECTORS_PER_CODE = 20
 """Latents that k-means sees for each code."""
@@ -79,12 +79,13 @@ def run(config: ImageTokenizerRun) -> Path | None:
 
     if state.step < config.steps:
         report.close()
-        print(f"stopped at step {state.step} of {config.steps}; the same command goes on from there", flush=True)
+        print(stop_report(state.step, config.steps, checkpoint), flush=True)
         return None
     tokenizer = ImageTokenizer(state.model, config.export_precision)
     report.evaluation(state)
     report.close()
-    tokenizer.save(output / "tokenizer")
+    with new_folder(output / "tokenizer") as folder:
+        tokenizer.save(folder)
     print(f"wrote {output / 'tokenizer'}", flush=True)
     return output / "tokenizer"
 

@@ -16,7 +16,7 @@ SUMS = ("text_loss", "text_count", "image_loss", "image_count", "z_loss", "weigh
 """What `LossModule` sums up over a micro batch, in nats where it is a loss.
 
 The squared log partition function comes times the weight of its targets. The output norm is the L2 norm of a token's
-hidden state before the final norm: together the early warning of a divergence (Chameleon, section 2.3; spec 9.1).
+hidden state before the final norm: together the early warning of a divergence (Chameleon, section 2.3).
 """
 
 

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate of every step (spec 4.4: CM3Leon's scaling-law recipe)."""
+"""AdamW's parameter groups and the learning rate of every step (arXiv 2301.03728: CM3Leon's scaling laws)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

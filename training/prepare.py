@@ -7,8 +7,8 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from cm3.checkpoint import write_json, write_text
-from cm3.config import dump_config
+from cm3.checkpoint import remove_leftovers, write_json, write_text
+from cm3.config import dump_config, to_dict
+from cm3.data.shard_sums import look_at_shard
 from cm3.data.shards import (
     INDEX_FILE,
     SHARD_COLUMNS,
@@ -42,14 +43,22 @@ from cm3.tokenizers.json_text import JsonTextTokenizer
 from cm3.tokenizers.vocabulary import Vocabulary
 from cm3.training.contexts import Contexts, RetrievalConfig
 from cm3.training.metrics import duration
+from cm3.training.prepare_folder import (
+    CONFIG_FILE,
+    INPUTS_KEY,
+    REPORT_FILE,
+    fingerprint_of,
+    is_finished,
+    refuse_other_settings,
+    writing,
+)
 from cm3.training.prepare_report import PrepareReport, Progress
-
-REPORT_FILE = "report.json"
 
 PATIENCE_SECONDS = 3600.0
 """Rank 0 gives up once for so long no other rank has finished a shard."""
 
 _POLL_SECONDS = 5.0
+_READING_THREADS = 4
 
 _SETTINGS_KEY, _REPORT_KEY = "settings", "report"
 
@@ -89,33 +98,49 @@ class PrepareConfig:
 def run(config: PrepareConfig) -> Path:
     """Prepare the rows of a config and return the folder written.
 
-    Shards that an earlier run with the same settings completed are kept. Where a launcher sets RANK and WORLD_SIZE,
-    each rank makes its share of the shards in the one folder, which all of them see, and rank 0 waits for the others
-    before it declares the folder complete.
+    Shards that an earlier run with the same settings completed, or with a smaller `data.limit`, are kept where their
+    checksums say that they are as they were written. Where a launcher sets RANK and WORLD_SIZE, each rank makes its
+    share of the shards in the one folder, which all of them see, and rank 0 waits for the others before it declares
+    the folder complete.
 
     Raises:
+        ConfigError: the folder holds shards of other settings.
         DataError: there are no rows, or more bad ones than `data.max_bad_fraction`, or the other ranks do not
-            deliver.
+            deliver, or the folder cannot be written.
         ModelFilesError: a tokenizer's file is missing or damaged.
     """
     yaml = dump_config(config, stage="prepare")
     output = Path(config.output)
     preparer = Preparer(config)
+    changes = refuse_other_settings(output, to_dict(config), preparer.fits, preparer.inputs)
+    finished = is_main() and is_finished(output, to_dict(config), preparer.num_shards)
     if is_main():
+        if not finished:
+            _begin(preparer, yaml)
         print(yaml, flush=True)
-        (output / SHARDS_FOLDER / INDEX_FILE).unlink(missing_ok=True)
-        preparer.tokenizer.save(output)
-        write_text(output / "config.yaml", yaml)
+        if changes:
+            print(f"going on with what {output} holds ({'; '.join(changes)})", flush=True)
 
     num_rows, mine = len(preparer.source), range(rank(), preparer.num_shards, world_size())
+    progress = Progress(sum(len(preparer.rows(number)) for number in mine))
     reports: dict[int, PrepareReport] = {}
     total = PrepareReport()
-    progress = Progress(sum(len(preparer.rows(number)) for number in mine))
-    for number, (report, made) in zip(mine, _reports(config, preparer, mine), strict=True):
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        for number, found in zip(mine, pool.map(preparer.find, mine), strict=True):
+            if found is not None:
+                reports[number] = found
+                total.merge(found)
+                progress.update(found.rows.read, made=False)
+    total.rows.check(num_rows, config.data.max_bad_fraction)
+    missing = [number for number in mine if number not in reports]
+    if finished and missing:
+        finished = False
+        _begin(preparer, yaml)
+    for number, report in zip(missing, _reports(config, preparer, missing), strict=True):
         reports[number] = report
         total.merge(report)
         total.rows.check(num_rows, config.data.max_bad_fraction)
-        progress.update(report.rows.read, made=made)
+        progress.update(report.rows.read, made=True)
     if not is_main():
         print(f"rank {rank()} of {world_size()}: its {len(mine)} shards are written", flush=True)
         return output
@@ -125,15 +150,27 @@ def run(config: PrepareConfig) -> Path:
     for number in range(preparer.num_shards):
         total.merge(reports[number])
     total.rows.check(num_rows, config.data.max_bad_fraction)
-    for path in (output / SHARDS_FOLDER).glob("*.arrow"):
-        if int(path.stem) >= preparer.num_shards:
-            path.unlink()
     total.count_duplicates([shard_path(output, number) for number in range(preparer.num_shards)])
-    write_json(output / REPORT_FILE, asdict(total))
-    write_index(output, preparer.num_shards, preparer.tokenizer.hash)
+    if not finished:
+        with writing(output):
+            write_json(output / REPORT_FILE, asdict(total))
+            write_index(output, preparer.num_shards, preparer.tokenizer.hash)
     print(total, flush=True)
-    print(f"wrote {output}", flush=True)
+    print(f"{output} was finished before: nothing was left to do" if finished else f"wrote {output}", flush=True)
     return output
+
+
+def _begin(preparer: Preparer, yaml: str) -> None:
+    """Write what stands beside the shards; until they are all there, the folder is not complete."""
+    output = Path(preparer.config.output)
+    with writing(output):
+        if world_size() == 1:  # other ranks may be writing
+            remove_leftovers(output)
+            remove_leftovers(output / SHARDS_FOLDER)
+        (output / SHARDS_FOLDER).mkdir(parents=True, exist_ok=True)
+        (output / SHARDS_FOLDER / INDEX_FILE).unlink(missing_ok=True)
+        preparer.tokenizer.save(output)
+        write_text(output / CONFIG_FILE, yaml)
 
 
 class Preparer:
@@ -169,28 +206,50 @@ class Preparer:
         """The rows of a shard."""
         return range(len(self.source))[number * self.config.rows_per_shard :][: self.config.rows_per_shard]
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what shards are made of, to say which of it has changed."""
+        inputs = {"tokenizers": self._tokenizer_hash[:16], "raw files": fingerprint_of(self._files)}
+        if self._contexts:
+            inputs["memory"] = fingerprint_of(self._contexts.content[0])
+        return inputs
+
+    def fits(self, number: int, metadata: Mapping[str, str]) -> bool:
+        """Whether the metadata of a shard are those of one made with these settings, or with a smaller limit."""
+        rows, found = self.rows(number), metadata.get(_SETTINGS_KEY)
+        if not rows or found == self._settings(rows):
+            return bool(rows)
+        try:
+            read = PrepareReport.from_json(metadata[_REPORT_KEY]).rows.read
+        except (ValueError, KeyError, TypeError):  # no shard of ours, or a damaged one
+            return False
+        return read < len(rows) and found == self._settings(rows[:read])
+
     def find(self, number: int) -> PrepareReport | None:
-        """The report of a shard that is whole and was made with these settings, or None."""
-        found = read_shard_metadata(shard_path(self.config.output, number))
+        """The report of a shard that is as it was written and was made with these settings, or None."""
+        path = shard_path(self.config.output, number)
+        found = None if look_at_shard(path).fault else read_shard_metadata(path)
         if found is None or found.get(_SETTINGS_KEY) != self._settings(self.rows(number)):
             return None
         return PrepareReport.from_json(found[_REPORT_KEY])
 
-    def make(self, number: int) -> tuple[PrepareReport, bool]:
-        """Write a shard, unless it is there already; report on its rows, and say whether it was written."""
-        found = self.find(number)
-        if found is not None:
-            return found, False
+    def make(self, number: int) -> PrepareReport:
+        """Write a shard and report on its rows."""
         rows = self.rows(number)
         report, documents = PrepareReport(), []
         self.source.report = report.rows
         for document in self._tokenized(rows):
             report.add(document)
             documents.append(document)
-        metadata = {_SETTINGS_KEY: self._settings(rows), _REPORT_KEY: report.to_json()}
+        metadata = {
+            _SETTINGS_KEY: self._settings(rows),
+            _REPORT_KEY: report.to_json(),
+            INPUTS_KEY: json.dumps(self.inputs),
+        }
         layout = self.tokenizer.vocabulary.layout
-        write_shard(shard_path(self.config.output, number), documents, metadata, layout)
-        return report, True
+        with writing(Path(self.config.output)):
+            write_shard(shard_path(self.config.output, number), documents, metadata, layout)
+        return report
 
     def _tokenized(self, rows: range) -> Iterator[TokenizedDocument]:
         raw = self.source.rows(rows.start, rows.stop)
@@ -214,9 +273,9 @@ class Preparer:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _reports(config: PrepareConfig, preparer: Preparer, numbers: range) -> Iterator[tuple[PrepareReport, bool]]:
+def _reports(config: PrepareConfig, preparer: Preparer, numbers: Sequence[int]) -> Iterator[PrepareReport]:
     """Make shards, here or in several processes, and yield what `Preparer.make` returns for each."""
-    if config.num_processes == 1:
+    if config.num_processes == 1 or not numbers:
         yield from map(preparer.make, numbers)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process that holds threads can hang
@@ -257,6 +316,6 @@ def _start_worker(config: PrepareConfig) -> None:
     _worker = Preparer(config)
 
 
-def _make_in_worker(number: int) -> tuple[PrepareReport, bool]:
+def _make_in_worker(number: int) -> PrepareReport:
     assert _worker is not None, "the pool did not start this worker"
     return _worker.make(number)

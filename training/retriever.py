@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cm3.checkpoint import load_strict, load_tensors, save_tensors, write_text
+from cm3.checkpoint import load_strict, load_tensors, new_folder, save_tensors, write_text
 from cm3.config import check_seed, dump_config
 from cm3.data.sources import SourceConfig
 from cm3.errors import ConfigError, DataError, ModelFilesError
@@ -25,7 +25,7 @@ from cm3.tokenizers.text import TextTokenizer
 from cm3.training.metrics import duration, open_metrics
 from cm3.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
 from cm3.training.pairs import Pair, Pairs
-from cm3.training.stopping import is_due, stop_signal
+from cm3.training.stopping import is_due, stop_report, stop_signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class RetrieverRun:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3, warmup_steps=200))
     """AdamW and its learning rate."""
     word_dropout: float = 0.2
-    """Share of the words of a text that are left out, as in queries of training (spec 3.1); 0 is off."""
+    """Share of the words of a text that are left out, as in queries of training (CM3Leon, section 2.1); 0 is off."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of activations; weights and optimiser are fp32."""
     export_precision: WeightPrecision = "bf16"
@@ -177,9 +177,10 @@ def run(config: RetrieverRun) -> Path | None:
                 state.save(checkpoint)
 
     if state.step < config.steps:
-        print(f"stopped at step {state.step} of {config.steps}; the same command goes on from there", flush=True)
+        print(stop_report(state.step, config.steps, checkpoint), flush=True)
         return None
-    ClipEncoder(state.model, tokenizer, config.export_precision).save(output / "encoder")
+    with new_folder(output / "encoder") as folder:
+        ClipEncoder(state.model, tokenizer, config.export_precision).save(folder)
     print(f"wrote {output / 'encoder'}", flush=True)
     return output / "encoder"
 

@@ -7,7 +7,7 @@ from cm3.model.config import ModelConfig, flops_per_token, parameter_count
 from cm3.model.lora import adapter_parameter_count
 from cm3.training.config import ModelRun
 
-GIB = 2**30
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,17 @@ def activation_bytes(config: ModelRun) -> float:
     return tokens * width * per_layer * model.num_layers
 
 
+def memory_unit(num_bytes: float) -> tuple[str, int]:
+    """Return the largest unit of which there is at least one, or the smallest there is, and its bytes."""
+    return next((unit for unit in _UNITS.items() if num_bytes >= unit[1]), ("KiB", _UNITS["KiB"]))
+
+
+def amount(num_bytes: float) -> str:
+    """Return bytes as text, such as "11.9 MiB"."""
+    name, size = memory_unit(num_bytes)
+    return f"{num_bytes / size:.1f} {name}"
+
+
 def total_flops(config: ModelRun) -> float:
     """Return the training FLOPs of the whole run, every row full, a token attending to half a row on average."""
     tokens = config.steps * config.batch_rows * config.data.sequence_length
@@ -96,10 +107,10 @@ def show_model_run(config: ModelRun, num_processes: int | None = None) -> str:
         "micro batches": f"{accumulation} of {config.micro_batch_rows} rows in each of {sharing}",
         "tokens of the run": f"{tokens * config.steps:.3g} at most, in {config.steps:,} steps",
         "FLOPs of the run": f"{total_flops(config):.3g}",
-        "memory, a process": f"{parts.total / GIB:.2f} GiB at ZeRO stage {config.zero_stage}",
-        "  weights": f"{parts.weights / GIB:.2f} GiB",
-        "  gradients": f"{parts.gradients / GIB:.2f} GiB",
-        "  optimizer": f"{parts.optimizer / GIB:.2f} GiB" + (" (on the CPU)" if config.offload_optimizer else ""),
-        "  activations": f"{parts.activations / GIB:.2f} GiB (rough)",
+        "memory, a process": f"{amount(parts.total)} at ZeRO stage {config.zero_stage}",
+        "  weights": amount(parts.weights),
+        "  gradients": amount(parts.gradients),
+        "  optimizer": amount(parts.optimizer) + (" (on the CPU)" if config.offload_optimizer else ""),
+        "  activations": f"{amount(parts.activations)} (rough)",
     }
     return dump_config(config, stage="model") + "\n" + "\n".join(f"{k:<20}{v}" for k, v in lines.items())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cm3.config import STAGE_KEY, dump_config, load_config, read_yaml
+from cm3.distributed import is_main
 from cm3.errors import ConfigError
 from cm3.eval.run import TASKS, load_evaluation
 from cm3.eval.show import show_evaluation
@@ -32,14 +35,12 @@ _PREPARED: dict[str, tuple[type, Callable[[Any], Any]]] = {"prepare": (PrepareCo
 
 def train(path: str, overrides: Sequence[str] = ()) -> None:
     """Run the training stage of a YAML file."""
-    config_class, run = _stage(path, _TRAINED)
-    run(load_config(config_class, path, overrides))
+    _run(path, overrides, _TRAINED)
 
 
 def prepare(path: str, overrides: Sequence[str] = ()) -> None:
     """Run the data preparation of a YAML file."""
-    config_class, run = _stage(path, _PREPARED)
-    run(load_config(config_class, path, overrides))
+    _run(path, overrides, _PREPARED)
 
 
 def show(path: str, overrides: Sequence[str] = ()) -> str:
@@ -57,6 +58,27 @@ def show(path: str, overrides: Sequence[str] = ()) -> str:
 def config_class_of(path: str) -> type:
     """The config class of a YAML file with a `stage` key."""
     return _stage(path, _TRAINED | _PREPARED)[0]
+
+
+def _run(path: str, overrides: Sequence[str], stages: dict[str, tuple[type, Callable[[Any], Any]]]) -> None:
+    config_class, run = _stage(path, stages)
+    config: Any = load_config(config_class, path, overrides)
+    if is_main():
+        _require_writable(config.output)
+    run(config)
+
+
+def _require_writable(output: str) -> None:
+    """Write a byte where a run will write, and leave nothing behind; raise ConfigError where that cannot be done."""
+    try:
+        folder = next(folder for folder in (Path(output), *Path(output).absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise ConfigError(
+            f"output={output} cannot be written to ({error.strerror or error}); choose another output, or make room or "
+            "mend that place"
+        ) from error
 
 
 def _stage(path: str, stages: dict[str, tuple[type, Any]]) -> tuple[type, Callable[[Any], Any]]:

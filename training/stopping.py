@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -14,6 +15,11 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def stop_report(step: int, steps: int, saved: Path) -> str:
+    """Return the last line of a run that SIGTERM stopped: where it is, and how it goes on."""
+    return f"stopped by SIGTERM after step {step} of {steps}, saved in {saved}; the same command goes on from there"
 
 
 def is_due(step: int, interval: int) -> bool:

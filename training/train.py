@@ -1,6 +1,6 @@
 """Training of the CM3 transformer: one loop, read from top to bottom.
 
-The loss is the mean over all targets of a step (spec 2.3), whatever its split into processes and micro batches.
+The loss is the mean over all targets of a step (section 2.2), whatever its split into processes and micro batches.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from cm3.training.nonfinite import SkippedSteps, check_divergence
 from cm3.training.optimizer import learning_rate_at, make_optimizer
 from cm3.training.samples import SampleSheets
 from cm3.training.state import RunState, is_verifiable, load_checkpoint, newest_checkpoint, save_checkpoint
-from cm3.training.stopping import is_due, stop_signal
+from cm3.training.stopping import is_due, stop_report, stop_signal
 from cm3.training.trackers import open_trackers, require_wandb
 
 
@@ -214,7 +214,7 @@ def run(config: ModelRun) -> Path | None:
     if state.step < config.steps:
         if writer:
             writer.close()
-        report(f"stopped at step {state.step} of {config.steps}; the same command goes on from there")
+        report(stop_report(state.step, config.steps, output / "checkpoints"))
         return None
     with average.applied() if average else nullcontext():
         validation = evaluate(engine, config, validation_data) if validation_data else {}

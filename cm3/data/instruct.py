@@ -7,6 +7,7 @@
 (on one line). Turns alternate and end with the assistant's, which is what is learnt. A turn holds any number of
 segments in any order, each a text or the path of a picture; paths are relative to the file and stay inside its
 folder. `task` names a template of `cm3.tokenizers.instruct_tasks`; without it the segments are laid out as they are.
+Where a task asks and is answered in words, further questions about the same picture may follow as turns without it.
 `id` may say where a row comes from. Other keys are refused. A row of a task in `CONDITIONS` may leave the condition
 picture out; it is then computed from the answer.
 """

@@ -100,7 +100,7 @@ class PackedLoader:
         rows: rows of a batch of one process, B; all processes together take consecutive rows.
         seed: of order and masks.
         packing: `documents` packs whole documents, each masked by itself; longer ones than a row are left out
-            (`num_too_long`). `stream` joins documents and cuts every T ids, as the paper does (spec 1.3); a
+            (`num_too_long`). `stream` joins documents and cuts every T ids, as metaseq does by default; a
             row is then one context, masked as a whole.
         rank: of this process.
         world_size: number of processes.

@@ -1,4 +1,4 @@
-"""Several prepared folders as one: each repeated until it has its share of an epoch, within limits (spec 6.1).
+"""Several prepared folders as one: each repeated until it has its share of an epoch, within limits (CM3Leon, E.1).
 
 A source shows its documents pass after pass, each pass in an order of its own, and an epoch takes up where the
 last one stopped. So however many epochs there are, every document of a source has been shown equally often to
@@ -181,21 +181,23 @@ def open_documents(
     min_repetition: float = 0.3,
     max_repetition: float = 3.0,
 ) -> ShardedDocuments | Mixture:
-    """Open one prepared folder, or several by name as a `Mixture`.
+    """Open one prepared folder to train on, or several by name as a `Mixture`. A collective.
+
+    Every shard is compared with its checksum first, see `cm3.data.shard_sums.check_shards`.
 
     Raises:
         ConfigError: see `Mixture`; or weights were given for one folder.
-        DataError: a folder is not complete or is empty.
+        DataError: a folder is not complete, is empty, or has damaged shards.
     """
     if isinstance(folders, Mapping):
-        sources = {name: ShardedDocuments(folder) for name, folder in folders.items()}
+        sources = {name: ShardedDocuments(folder, check=True) for name, folder in folders.items()}
         return Mixture(sources, weights or None, min_repetition=min_repetition, max_repetition=max_repetition)
     if weights:
         raise ConfigError(
             f"weights were given for {', '.join(weights)}, but the data are the one folder {folders}; name several "
             "folders or leave the weights out"
         )
-    return ShardedDocuments(folders)
+    return ShardedDocuments(folders, check=True)
 
 
 def _check(

@@ -108,7 +108,7 @@ class DocumentPlan:
 
 
 class StreamPlan:
-    """Documents joined in the epoch's order and cut every `sequence_length` ids, wherever that is (spec 1.3).
+    """Documents joined in the epoch's order and cut every `sequence_length` ids, wherever that is (metaseq's default).
 
     Args:
         lengths: ids of every document.

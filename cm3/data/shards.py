@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.checkpoint import atomic_path, read_json, write_json
+from cm3.data.shard_sums import check_shards, sum_line
 from cm3.errors import DataError
 from cm3.tokenizers.document import VOCABULARY_FILE, ImageCodes, TextTokens, TokenizedDocument
 from cm3.tokenizers.document_ids import document_to_ids, segment_places
@@ -58,7 +59,7 @@ def write_shard(
     metadata: dict[str, str],
     layout: Layout = CM3_LAYOUT,
 ) -> None:
-    """Write one shard, whole or not at all.
+    """Write one shard, whole or not at all, with a checksum at its end.
 
     Args:
         path: see `shard_path`.
@@ -84,10 +85,12 @@ def write_shard(
         columns["answers"].append(np.array(document.metadata.get(ANSWERS, ()), dtype=np.int32).ravel())
         columns["digest"].append(_digest(document))
     schema = _SCHEMA.with_metadata(metadata)
-    table = pa.Table.from_pydict(columns, schema=schema)
-    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(table)
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_stream(content, schema) as writer:
+        writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(content.getvalue())
+        file.write(sum_line(content.getvalue()))
 
 
 def read_shard_metadata(path: str | Path) -> dict[str, str] | None:
@@ -95,9 +98,9 @@ def read_shard_metadata(path: str | Path) -> dict[str, str] | None:
     try:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_stream(file).read_all().schema.metadata or {}
-    except (OSError, pa.ArrowInvalid):
+        return {key.decode(): value.decode() for key, value in metadata.items()}
+    except (OSError, UnicodeDecodeError, pa.ArrowException):
         return None
-    return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
 def read_shard_column(path: str | Path, name: str) -> pa.ChunkedArray:
@@ -117,12 +120,13 @@ class ShardedDocuments:
     Args:
         folder: What `cm3 prepare` wrote.
         tokenizer_hash: Hash of the tokenizers they must be made with; None takes any.
+        check: Compare the shards with their checksums first, see `check_shards`. A collective that reads them all.
 
     Raises:
-        DataError: if the folder is not complete, empty, or made with other tokenizers.
+        DataError: if the folder is not complete, empty, damaged, or made with other tokenizers.
     """
 
-    def __init__(self, folder: str | Path, tokenizer_hash: str | None = None) -> None:
+    def __init__(self, folder: str | Path, tokenizer_hash: str | None = None, *, check: bool = False) -> None:
         self.folder = Path(folder)
         index_path = self.folder / SHARDS_FOLDER / INDEX_FILE
         if not index_path.is_file():
@@ -143,7 +147,10 @@ class ShardedDocuments:
                 "use the model that fits the data"
             )
         self.vocabulary = Vocabulary.load(self.folder / VOCABULARY_FILE)
-        self._shards = [_Shard(shard_path(folder, number)) for number in range(index["num_shards"])]
+        paths = [shard_path(folder, number) for number in range(index["num_shards"])]
+        if check:  # before Arrow reads them, which trusts what it finds
+            check_shards(self.folder, paths)
+        self._shards = [_Shard(path) for path in paths]
         self._stops = np.cumsum([len(shard.lengths) for shard in self._shards])
         if not len(self):
             raise DataError(f"{folder} holds no documents; see its report.json")
@@ -168,7 +175,7 @@ class ShardedDocuments:
         return usable
 
     def ids(self, index: int) -> np.ndarray:
-        """The joint ids of a document (spec 1.2), int64."""
+        """The joint ids of a document, int64."""
         return document_to_ids(self[index], self.vocabulary)
 
     def answer_spans(self, index: int) -> np.ndarray:

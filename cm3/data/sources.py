@@ -163,7 +163,7 @@ class Source:
         return len(self._reader) if limit is None else min(limit, len(self._reader))
 
     def __getitem__(self, index: int) -> Document:
-        """The document of a row: its text, then its image (spec 1.2); of instruct, the row laid out.
+        """The document of a row: its text, then its image (CM3Leon, figure 9); of instruct, the row laid out.
 
         Raises:
             DataError: naming the row, if its text or image is missing or broken.

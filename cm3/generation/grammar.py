@@ -1,8 +1,8 @@
 """What may come next: a finite-state machine over kinds of ids, run as tensors on the device.
 
 A `Grammar` is a small program of states, built on the host by one of the functions below; every stream it
-lets through parses as a document in the layout of the vocabulary (spec 1.2, 9.4) or as the moved spans of one
-(spec 2.2). `GrammarTables` joins the programs of a batch into one transition table, so that rows in different
+lets through parses as a document in the layout of the vocabulary (`cm3.tokenizers.layout`) or as the moved spans of one
+(CM3, section 2). `GrammarTables` joins the programs of a batch into one transition table, so that rows in different
 modalities share a step. Letters added: X states, Z kinds of ids.
 """
 

@@ -1,6 +1,6 @@
 """Requests for what a user asks: pictures from text, text from pictures, parts of either, free completion.
 
-Every prompt followed by what its grammar lets through is a row as training makes it (spec 2.2, 2.6), with
+Every prompt followed by what its grammar lets through is a row as training makes it (CM3Leon, section 2.2), with
 E `</s>`, B `<break>`, S `<sentinel>`:
 
     text to image   E [docs] text B | codes

@@ -1,7 +1,7 @@
 """Requests to a model that answers in turns, as Chameleon (arXiv 2405.09818) does: what is asked, a mark, the answer.
 
 With E and E' the ids that open and close a document, B and B' those around the codes of an image, T the one that ends
-a turn (spec 9.4):
+a turn (ids as in Chameleon's public code):
 
     words           E text B codes B' text T | text E'
     picture         E text B codes B' text T B | codes

@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm3.checkpoint import atomic_path, check_shapes, read_json, stored_tensors, stream_model_weights, write_json
+from cm3.checkpoint import (
+    check_shapes,
+    new_folder,
+    read_json,
+    require_empty,
+    stored_tensors,
+    stream_model_weights,
+    write_json,
+)
 from cm3.errors import ConfigError
 from cm3.interop.chameleon import require_chameleon
 from cm3.interop.chameleon_files import TOKENIZER_JSON, widest_dtype
-from cm3.interop.chameleon_hf import carry_text_files, require_empty, vq_tensors
+from cm3.interop.chameleon_hf import carry_text_files, vq_tensors
 from cm3.interop.chameleon_layout import chameleon_layout, split_parts
 from cm3.interop.chameleon_names import PLACEHOLDER, SEPARATOR, names_of_tokenizer
 from cm3.interop.chameleon_settings import foreign_settings
@@ -42,7 +50,7 @@ def export_chameleon(source: str | Path, destination: str | Path, *, max_shard_s
     Raises:
         RequestError: the destination holds something.
         ConfigError: the model is no Chameleon.
-        ModelFilesError: a file is missing or damaged.
+        ModelFilesError: a file is missing or damaged, or the folder cannot be written.
     """
     source, destination = Path(source), Path(destination)
     require_empty(destination)
@@ -71,7 +79,7 @@ def export_chameleon(source: str | Path, destination: str | Path, *, max_shard_s
         return dict(split_parts(stored[name].read().to(dtype), layout[name]))[foreign]
 
     names = names_of_tokenizer(read_json(source / TOKENIZER_JSON), str(source / TOKENIZER_JSON))
-    with atomic_path(destination) as folder:
+    with new_folder(destination) as folder:
         stream_model_weights(folder, planned | encoder, make, max_shard_size)
         write_json(folder / CONFIG_FILE, foreign_settings(config, image.config, vocabulary, names, dtype))
         carry_text_files(source, folder)

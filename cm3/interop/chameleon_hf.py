@@ -16,8 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm3.checkpoint import StoredTensor, atomic_path, check_shapes, read_json, stored_tensors, stream_model_weights
-from cm3.errors import ModelFilesError, RequestError
+from cm3.checkpoint import (
+    StoredTensor,
+    check_shapes,
+    new_folder,
+    read_json,
+    require_empty,
+    stored_tensors,
+    stream_model_weights,
+)
+from cm3.errors import ModelFilesError
 from cm3.interop.chameleon_files import (
     TOKENIZER_JSON,
     ForeignChameleon,
@@ -91,7 +99,7 @@ def import_chameleon(
     def make(name: str) -> Tensor:
         return join_parts(found.layout[name], lambda part: found.tensors[part].read().to(dtype), planned[name].shape)
 
-    with atomic_path(destination) as folder:
+    with new_folder(destination) as folder:
         stream_model_weights(folder, planned, make, max_shard_size)
         found.image.save(folder)
         vocabulary.save(folder / VOCABULARY_FILE)
@@ -107,12 +115,6 @@ def import_chameleon(
             dtype=dtype,
         )
     return config
-
-
-def require_empty(folder: Path) -> None:
-    """Raise RequestError where there is something that would be lost."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"{folder} is not empty; choose a folder that does not exist yet")
 
 
 def carry_text_files(source: Path, folder: Path) -> None:

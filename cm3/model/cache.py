@@ -4,7 +4,8 @@ L layers   B rows   S slots (capacity + 1)   T new tokens   G key/value heads   
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -86,6 +87,8 @@ class KeyValueCache:
     lengths_B: Int[Tensor, " B"]
     runs: tuple[Run, ...] | None = None
     """See `bounded`; None: attention reads all slots of all rows, in the same shapes at every step."""
+    cpu_step: Any = field(default=None, init=False, repr=False, compare=False)
+    """What `Transformer` made for steps on these very tensors; False: nothing fits."""
 
     @classmethod
     def create(

@@ -12,12 +12,13 @@ from cm3.model.attention import Backend, attend
 from cm3.model.cache import LayerCache
 from cm3.model.config import ModelConfig
 from cm3.model.cpu_gradients import RmsNorm, learns_on_cpu
+from cm3.model.kernels import multiplies, multiply
 from cm3.model.masks import AttentionMask, CacheMask
 
 _HAS_MATRIX_TILES = torch.cpu._is_amx_tile_supported()
 """Whether the processor multiplies 16-bit matrices in tiles (Intel's AMX)."""
 
-_TURNED_ROWS = range(2, 65)
+_TURNED_ROWS = range(2, 1025)
 """For which numbers of rows in bf16 with matrix tiles turned products were measured to be faster on a CPU."""
 
 _PANEL_ROWS = range(4, 33) if torch.backends.mkl.is_available() else range(0)
@@ -33,14 +34,17 @@ _PANEL = 32
 def weight_product(x_BD: Float[Tensor, "*B D"], weight_ND: Float[Tensor, "N D"]) -> Float[Tensor, "*B N"]:
     """`F.linear`; where rows are few and nothing is learned from them, in the way that a CPU reads the weights fastest.
 
-    The kernels pack the weights anew at every call, where they are the right factor of a large product, `x @ weight.T`.
-    So they are made the left one, which is taken as it lies in memory, `weight @ x.T`, or they are cut into panels, the
-    small products of a batch. In 16 bit one row is a vector, which has a kernel of its own. The result need not be
-    contiguous.
+    That is `cm3.model.kernels` where it could be compiled. torch's own kernels pack the weights anew at every call, if
+    they are the right factor of a large product, `x @ weight.T`. So they are made the left one, which is taken as it
+    lies in memory, `weight @ x.T`, or they are cut into panels, the small products of a batch. In 16 bit one row is a
+    vector, which has a kernel of its own. The result need not be contiguous.
     """
     num_rows = x_BD.numel() // x_BD.shape[-1]
     if x_BD.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x_BD, weight_ND)
+    is_plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    if is_plain and x_BD.dtype == weight_ND.dtype and multiplies(weight_ND, num_rows):
+        return multiply(x_BD, weight_ND)
     if x_BD.dtype == torch.float32 and num_rows in _PANEL_ROWS and len(weight_ND) % _PANEL == 0:
         return _panel_product(x_BD.reshape(num_rows, -1), weight_ND).unflatten(0, x_BD.shape[:-1])
     is_tiled = x_BD.dtype == torch.bfloat16 and _HAS_MATRIX_TILES
@@ -66,6 +70,11 @@ class Linear(nn.Linear):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__(width, outputs, bias=False)
+
+    @property
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weights, and the scale of each row where they are of 8 bits."""
+        return self.weight.detach(), None
 
     def forward(self, x_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B N"]:
         return weight_product(x_BD, self.weight)
@@ -144,7 +153,16 @@ def rotary_table(positions_BT: Int[Tensor, "B T"], head_width: int, theta: float
 
 
 def rotate(x_BTNK: Float[Tensor, "B T N K"], rotary_BT1half: Tensor) -> Float[Tensor, "B T N K"]:
-    """Rotate each adjacent pair of every head's elements (Meta's order, Chameleon's weights), in float32."""
+    """Rotate each adjacent pair of every head's elements (Meta's order, Chameleon's weights), in float32.
+
+    A complex product is one operation; compilers know real numbers alone and make one of theirs.
+    """
+    if torch.compiler.is_compiling():
+        cosine_BT1half, sine_BT1half = torch.view_as_real(rotary_BT1half).unbind(-1)
+        a_BTNhalf, b_BTNhalf = x_BTNK.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned_a_BTNhalf = a_BTNhalf * cosine_BT1half - b_BTNhalf * sine_BT1half
+        turned_b_BTNhalf = a_BTNhalf * sine_BT1half + b_BTNhalf * cosine_BT1half
+        return torch.stack([turned_a_BTNhalf, turned_b_BTNhalf], dim=-1).flatten(-2).to(x_BTNK.dtype)
     pairs_BTNhalf = torch.view_as_complex(x_BTNK.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs_BTNhalf * rotary_BT1half).flatten(-2).to(x_BTNK.dtype)
 

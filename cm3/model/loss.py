@@ -63,16 +63,17 @@ def next_token_loss(
     weights = torch.ones_like(ids_BT, dtype=torch.float32) if weights_BT is None else weights_BT.float()
     weights_BT = weights.roll(-1, dims=1) * is_target_BT
     targets, weights = group.part(targets_BT).flatten(), group.part(weights_BT).flatten()
+    counted = weights > 0  # logits of the others would come to nothing
+    targets, weights = targets[counted], weights[counted]
 
     head_VD = model.head_weight_VD if torch.is_grad_enabled() else model.head_weight_VD.detach()
     total, losses, log_z = _ChunkedCrossEntropy.apply(
-        hidden_BTD.flatten(0, 1), head_VD, targets, weights, z_loss_weight, chunk_size
+        hidden_BTD.flatten(0, 1)[counted], head_VD, targets, weights, z_loss_weight, chunk_size
     )
     weight_sum = weights.sum()
     divisor = weight_sum.clamp(min=torch.finfo(torch.float32).tiny)
-    counted = weights > 0
-    is_image = (targets >= image_range[0]) & (targets < image_range[1]) & counted
-    is_text = counted & ~is_image
+    is_image = (targets >= image_range[0]) & (targets < image_range[1])
+    is_text = ~is_image
     return LossOutput(
         loss=total / divisor,
         weight_sum=weight_sum,

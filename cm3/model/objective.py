@@ -1,4 +1,4 @@
-"""The CM3 objective: spans of a document are replaced by sentinels and moved to its end (spec 2.1 to 2.5).
+"""The CM3 objective: spans of a document are replaced by sentinels and moved to its end (CM3Leon, section 2.2).
 
     </s> a circle <break> IMAGE </s>   ->   </s> <sentinel:0> <break> IMAGE </s> <sentinel:0> a circle <eoss>
 
@@ -62,8 +62,8 @@ class ObjectiveConfig:
     An answer that ends its document stays in its place, where it is asked for anyway."""
     rotation_probability: float = 0.5
     """Chance that a document's spans are whole segments (a caption, an image) instead of stretches of any
-    length. At 0 a short caption is practically never masked, and guidance and captioning are not learnt (spec
-    2.4)."""
+    length. At 0 a short caption is practically never masked, and guidance and captioning are not
+    learnt; our choice, the paper gives none."""
     sentinel_loss_weight: float = 1.0
     """Weight of sentinels as targets: 1 in CM3Leon, 0 in CM3."""
     retrieved_loss_weight: float = 1.0
@@ -94,7 +94,7 @@ class ObjectiveConfig:
     def draw_masks(
         self, vocabulary: Vocabulary, rng: np.random.Generator, num_answers_D: Int[np.ndarray, " D"]
     ) -> list[Mask]:
-        """Draw what to mask in each of D documents (spec 2.1.1).
+        """Draw what to mask in each of D documents (CM3, section 2).
 
         Args:
             vocabulary: Its sentinels are a limit.
@@ -159,7 +159,7 @@ class ObjectiveConfig:
         vocabulary: Vocabulary,
         rng: np.random.Generator,
     ) -> tuple[Int[np.ndarray, " M"], Float[np.ndarray, " M"]]:
-        """Mask a block of a token stream without making it longer (spec 2.2).
+        """Mask a block of a token stream without making it longer; metaseq cuts at the same end.
 
         The overflow is cut from the end of the block before its spans are moved: spans that reach into the
         part cut off are shortened or left out, so that every sentinel keeps its target.
@@ -223,7 +223,7 @@ def draw_spans(
     max_length: int | None = None,
     mask: Mask | None = None,
 ) -> Int[np.ndarray, "N 2"]:
-    """Draw the spans to mask (spec 2.1); arguments as in `mask_spans`.
+    """Draw the spans to mask (CM3, section 2); arguments as in `mask_spans`.
 
     Returns:
         [number of spans, 2]: start and stop of each, sorted, disjoint, none empty, each inside one segment.

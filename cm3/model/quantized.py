@@ -50,6 +50,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", rounded_ND)
         self.register_buffer("scale", scale_N.to(weight_ND.dtype))
 
+    @property
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weights, and the scale of each row."""
+        return self.weight, self.scale
+
     def forward(self, x_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B N"]:
         return int8_product(x_BD, self.weight, self.scale)
 

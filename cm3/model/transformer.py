@@ -13,6 +13,7 @@ from cm3.errors import ConfigError, RequestError
 from cm3.model.attention import Backend
 from cm3.model.cache import KeyValueCache, LayerCache
 from cm3.model.config import ModelConfig
+from cm3.model.cpu_step import CpuStep, fits
 from cm3.model.layers import Attention, FeedForward, Norm, rotary_table, weight_product
 from cm3.model.masks import AttentionMask, CausalMask, PackedMask, document_positions
 from cm3.model.sequence_parallel import SharedRows
@@ -118,6 +119,10 @@ class Transformer(nn.Module):
             ConfigError: for packed rows together with a cache, or rows longer than the model's context.
             RequestError: for more ids than the cache can hold.
         """
+        if cache is not None and ids_BT.shape[1] == 1 and positions_BT is None and document_ids_BT is None:
+            step = self._cpu_step(cache)
+            if step is not None:
+                return self._decode(ids_BT, cache, num_new_B, step)
         if positions_BT is None and cache is None and document_ids_BT is None and rows is None:
             self._check_length(ids_BT.shape[1])
         mask: AttentionMask
@@ -156,6 +161,25 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(ids_BT.shape[1], num_new_B)
         return self.final_norm(x_BTD)
+
+    def _cpu_step(self, cache: KeyValueCache) -> CpuStep | None:
+        """What takes the place of the blocks for one token a row, if there is something."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.attention_backend != "auto":
+            return None
+        if cache.cpu_step is None:
+            cache.cpu_step = CpuStep(self, cache) if fits(self, cache) else False
+        return cache.cpu_step or None
+
+    def _decode(
+        self, ids_B1: Int[Tensor, "B 1"], cache: KeyValueCache, num_new_B: Int[Tensor, " B"] | None, step: CpuStep
+    ) -> Float[Tensor, "B 1 D"]:
+        x_BD = self.embedding(ids_B1[:, 0])
+        if self.position_embedding is not None:
+            last = self.config.max_positions - 1  # a full row that rests is behind it
+            x_BD = x_BD + self.position_embedding(cache.lengths_B.clamp(max=last))
+        hidden_BD = step(x_BD, cache.lengths_B)
+        cache.advance(1, num_new_B)
+        return hidden_BD.to(x_BD.dtype, copy=True)[:, None]
 
     def _check_length(self, longest: int) -> None:
         if longest > self.config.max_positions:

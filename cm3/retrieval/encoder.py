@@ -1,4 +1,4 @@
-"""Dual encoders behind one interface: texts and pictures to unit vectors of one space (spec 3.1).
+"""Dual encoders behind one interface: texts and pictures to unit vectors of one space (CM3Leon, section 2.1).
 
 N rows   E embedding width
 """

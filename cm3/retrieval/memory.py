@@ -21,24 +21,42 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from cm3.checkpoint import read_json, write_json
 from cm3.data.shards import INDEX_FILE, SHARDS_FOLDER, ShardedDocuments, write_index
-from cm3.data.sources import RowReport, Source
-from cm3.errors import ConfigError, DataError, ModelFilesError
+from cm3.data.sources import Source
+from cm3.errors import DataError, ModelFilesError
 from cm3.pretrained import DEMO
 from cm3.retrieval.encoder import Encoder, open_encoder
 from cm3.retrieval.index import IndexKind, VectorIndex
-from cm3.retrieval.parts import PartRecipe, PartVectors, part_content, vectors_path, write_parts
+from cm3.retrieval.parts import (
+    VECTORS_FOLDER,
+    PartRecipe,
+    PartVectors,
+    document_hash,
+    part_content,
+    part_rows,
+    vectors_path,
+    write_parts,
+)
 from cm3.retrieval.select import Candidate
 from cm3.retrieval.vectors import mixed_vectors
-from cm3.tokenizers.document import DocumentTokenizer, TokenizedDocument
+from cm3.tokenizers.document import (
+    JSON_TEXT_TOKENIZER_FILE,
+    TEXT_TOKENIZER_FILE,
+    VOCABULARY_FILE,
+    DocumentTokenizer,
+    TokenizedDocument,
+)
+from cm3.tokenizers.image import IMAGE_TOKENIZER_CONFIG, IMAGE_TOKENIZER_WEIGHTS
 
 MEMORY_FILE = "memory.json"
 INDEX_FOLDER = "index"
 
 _FORMAT_VERSION = 1
+_TOKENIZER_FILES = (JSON_TEXT_TOKENIZER_FILE, TEXT_TOKENIZER_FILE, IMAGE_TOKENIZER_CONFIG, IMAGE_TOKENIZER_WEIGHTS)
+_UNFINISHED = {SHARDS_FOLDER, VECTORS_FOLDER, INDEX_FOLDER, VOCABULARY_FILE, *_TOKENIZER_FILES}
+"""What an interrupted build leaves behind, the vectors first."""
 
 
 class Memory:
@@ -108,11 +126,10 @@ class Memory:
             num_processes: Processes, on CPU with one thread each where there are several.
 
         Raises:
-            DataError: the folder holds a memory already, or the source has too many bad rows.
+            DataError: the folder holds a memory or other things already, or the source has too many bad rows.
         """
         folder = Path(folder)
-        if (folder / MEMORY_FILE).exists():
-            raise DataError(f"{folder} holds a finished memory; append to it, or choose another folder")
+        check_new_memory(folder)
         recipe = PartRecipe(
             source=source.config,
             tokenizer=tokenizer,
@@ -122,7 +139,7 @@ class Memory:
             rows_per_part=rows_per_part,
             batch_size=batch_size,
         )
-        num_parts = _write_checked(recipe, len(source), num_processes)
+        num_parts, _ = write_parts(recipe, len(source), num_processes)
         tokenizer.save(folder)
         write_index(folder, num_parts, tokenizer.hash)
         settings = {
@@ -208,20 +225,22 @@ class Memory:
         *,
         batch_size: int = 64,
         num_processes: int = 1,
-    ) -> range:
-        """Add the documents of a source behind the others, and make the index anew.
+    ) -> tuple[range, int]:
+        """Add those documents of a source that are not there yet behind the others, and make the index anew.
 
-        Parts that an interrupted append of the same source left behind are used.
+        A document is there if one of equal text and picture is that was not deleted. Parts that an interrupted append
+        of the same source left behind are used.
 
         Returns:
-            The rows of the new documents.
+            The rows of the new documents, and how many were there already.
 
         Raises:
-            ModelFilesError, DataError: another encoder or other tokenizers, or too many bad rows.
+            ModelFilesError, DataError: another encoder or other tokenizers, too many bad rows, or no new document.
         """
         self.check_encoder(encoder)
         self.check_tokenizer(tokenizer.hash)
         before, first_number = self._total, len(self._parts)
+        numbers = range(0 if self._settings["deleted"] else first_number)  # what was deleted may come again
         recipe = PartRecipe(
             source=source.config,
             tokenizer=tokenizer,
@@ -230,26 +249,41 @@ class Memory:
             first_number=first_number,
             rows_per_part=self._settings["rows_per_part"],
             batch_size=batch_size,
+            known=frozenset(document_hash(self._documents[row]) for row in self._live_rows.tolist()),
+            known_parts=dict(filter(None, (part_rows(self.folder, number) for number in numbers))),
         )
-        num_parts = first_number + _write_checked(recipe, len(source), num_processes)
-        write_index(self.folder, num_parts, self.tokenizer_hash)
+        num_parts, num_read = write_parts(recipe, len(source), num_processes)
+        paths = [vectors_path(self.folder, first_number + number) for number in range(num_parts)]
+        num_new = sum(len(PartVectors(path, self.width)) for path in paths)
+        if not num_new:
+            name = source.config.path or source.config.kind
+            raise DataError(f"{self.folder} holds all {num_read} documents of {name} already; there is none to add")
+        write_index(self.folder, first_number + num_parts, self.tokenizer_hash)
         self._open_parts()
         self.index = self._open_index()
-        return range(before, self._total)
+        return range(before, self._total), num_read - num_new
 
-    def delete(self, rows: Iterable[int]) -> None:
+    def delete(self, rows: Iterable[int]) -> int:
         """Let no search find these documents any more, and make the index anew; the files keep them.
 
+        Returns:
+            How many were deleted; those that had been before do not count.
+
         Raises:
-            DataError: a row that the memory does not have.
+            DataError: a row that the memory does not have, or only such as were deleted before.
         """
         asked = {int(row) for row in rows}
         if unknown := sorted(row for row in asked if not 0 <= row < self._total):
             raise DataError(f"row {unknown[0]} is not in {self.folder}, which has rows 0 to {self._total - 1}")
-        self._settings = self._settings | {"deleted": sorted(asked.union(self._settings["deleted"]))}
+        before = set(self._settings["deleted"])
+        if asked <= before:
+            named = f"row {min(asked)} was" if len(asked) == 1 else f"all {len(asked)} rows were"
+            raise DataError(f"{named} deleted from {self.folder} before; `cm3 index search` prints those that are left")
+        self._settings = self._settings | {"deleted": sorted(asked | before)}
         write_json(self.folder / MEMORY_FILE, self._settings)
         self._open_parts()
         self.index = self._open_index()
+        return len(asked - before)
 
     def find(self, names: Iterable[str]) -> list[int]:
         """The rows of documents by the names of their raw rows (`metadata["row"]`), deleted ones left out."""
@@ -332,18 +366,16 @@ class Memory:
             start = stop
 
 
-def _write_checked(recipe: PartRecipe, num_rows: int, num_processes: int) -> int:
-    """Write the parts of a recipe; return how many. Too many bad rows are an error."""
-    for name, value in (("rows_per_part", recipe.rows_per_part), ("num_processes", num_processes)):
-        if value < 1:
-            raise ConfigError(f"{name}={value}; choose 1 or more")
-    report, num_parts = RowReport(), 0
-    with tqdm(total=num_rows, desc="memory", unit=" rows", disable=None) as progress:
-        for part in write_parts(recipe, num_processes):
-            report.merge(part)
-            report.check(num_rows, recipe.source.max_bad_fraction)
-            progress.update(part.read)
-            num_parts += 1
-    if report.bad:
-        print(f"skipped {report.bad} rows: {'; '.join(report.bad_rows)}", flush=True)
-    return num_parts
+def check_new_memory(folder: str | Path) -> None:
+    """Raise DataError if a memory cannot be built in a folder, which need not exist: it holds one, or other things.
+
+    What an interrupted build left there, and hidden files, do not count.
+    """
+    folder = Path(folder)
+    if (folder / MEMORY_FILE).exists():
+        raise DataError(f"{folder} holds a finished memory; append to it, or choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file, not a folder; choose another for the memory")
+    found = {path.name for path in folder.glob("[!.]*")}
+    if others := sorted(found - _UNFINISHED if VECTORS_FOLDER in found else found):
+        raise DataError(f"{folder} holds other things, such as {others[0]}; choose a new or empty folder")

@@ -1,4 +1,6 @@
-"""Documents for a context: search a memory by a query's text and by its picture, then apply the rules (spec 3.1).
+"""Documents for a context: search a memory by a query's text and by its picture, then apply the rules.
+
+CM3Leon (arXiv 2309.02591), section 2.1.
 
 N queries   E embedding width
 """

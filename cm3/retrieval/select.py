@@ -1,4 +1,4 @@
-"""Which retrieved documents to keep (spec 3.1): relevant, of both query modalities, and none a copy.
+"""Which retrieved documents to keep: relevant, of both query modalities, and none a copy (CM3Leon, section 2.1).
 
 Pure functions on ranked lists of candidates. CM3Leon keeps candidates of a score of at most 0.9. A score that mixes
 text and image vectors is lower than that of a copy's text or picture alone, so both are held below the limit.
@@ -147,7 +147,7 @@ def best(pooled: Mapping[Modality, Sequence[Candidate]], config: SelectionConfig
 
 
 def drop_words(text: str, rate: float, rng: np.random.Generator) -> str:
-    """The text without a random share of its words, at least one of which stays (spec 3.1, query dropout).
+    """The text without a random share of its words, at least one of which stays (CM3Leon, section 2.1).
 
     The number left out is `rate` times the words, rounded up or down at random so that its mean is exact.
     """

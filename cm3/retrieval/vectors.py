@@ -1,5 +1,5 @@
 """Unit vectors, encoding in batches, and the vector of a document as the mean of its text's and its picture's
-(spec 3.1).
+(arXiv 2309.02591, section 2.1).
 
 N rows   E embedding width
 """
