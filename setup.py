@@ -44,7 +44,7 @@ setup(
         "cm3.training": "training",
         "cm3.eval": "eval",
     },
-    package_data={"cm3": ["py.typed", "assets/**/*"]},
+    package_data={"cm3": ["py.typed", "assets/**/*"], "cm3.model": ["*.cpp"]},
     entry_points={"console_scripts": ["cm3 = cm3.cli:main"]},
     install_requires=[
         "torch>=2.11",

@@ -12,7 +12,7 @@ from cm3.data.sources import SourceConfig, open_source
 from cm3.pipeline import CM3
 from cm3.retrieval.encoder import document_vectors, open_encoder
 from cm3.retrieval.memory import Memory
-from cm3.tokenizers.document import Document, Text
+from cm3.tokenizers.document import Document, DocumentTokenizer, Text
 from cm3.tokenizers.document import Image as ImageSegment
 
 
@@ -77,6 +77,15 @@ def test_texts_and_pictures_alone_make_memories(build, retrieval_folder):
     texts.rename(texts.with_name("texts"))
     pictures = Memory.open(build(rows, "--limit", 2, "--text-columns"))
     assert pictures.document(1).segments == Memory.open(retrieval_folder / "memory").document(1).segments[1:]
+
+
+def test_tokenizers_without_a_model_build_the_same_memory(cm3, build, model_folder, retrieval_folder, tmp_path):
+    prepared = tmp_path / "prepared"
+    DocumentTokenizer.load(model_folder).save(prepared)
+    rows = (retrieval_folder / "rows.jsonl", "--encoder", retrieval_folder / "encoder")
+    code, _, error = cm3("index", "build", *rows, "--model", prepared, "--out", tmp_path / "other")
+    assert code == 0, error
+    assert Memory.open(tmp_path / "other").hash == Memory.open(build(retrieval_folder / "rows.jsonl")).hash
 
 
 def test_search_finds_by_text_by_picture_and_by_both(cm3, model_folder, retrieval_folder, tmp_path):

@@ -222,8 +222,11 @@ def test_command_line(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'ours'}: pictures of 16x16 pixels, 8x8 codes of 16\n"
     (tmp_path / "second.yaml").write_text(YAML)
     with pytest.raises(RequestError, match="found beside it: model.yaml, second.yaml; give --config"):
-        import_vqgan(checkpoint, tmp_path / "ours")
+        import_vqgan(checkpoint, tmp_path / "other")
     words = ["import", "vqgan", str(checkpoint), str(tmp_path / "ours"), "--config", str(tmp_path / "second.yaml")]
+    assert main(words) == 2
+    assert "is not empty; choose a folder that does not exist yet" in capsys.readouterr().err
+    words[3] = str(tmp_path / "other")
     assert main(words) == 0
 
 

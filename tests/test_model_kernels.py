@@ -15,11 +15,11 @@ def compiled():
         pytest.skip("no C++ compiler here")
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 16), (torch.bfloat16, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "width"), [(96, 64), (37, 32), (3, 2048)])
-def test_products_are_those_in_double_precision(dtype, most, outputs, width):
+def test_products_are_those_in_double_precision(dtype, outputs, width):
     weight = torch.randn(outputs, width).to(dtype)
-    for rows in range(1, most + 1):
+    for rows in range(1, 9):
         x = torch.randn(rows, width).to(dtype)
         assert multiplies(weight, rows)
         found = multiply(x, weight)
@@ -59,13 +59,13 @@ def test_a_row_is_the_same_among_others(dtype):
 
 def test_what_it_is_not_for():
     weight = torch.ones(4, 64)
-    assert multiplies(weight, 16) and not multiplies(weight, 17)
+    assert multiplies(weight, 8) and not multiplies(weight, 9)
     assert not multiplies(weight.double(), 1)
     assert not multiplies(torch.ones(4, 40), 1)
     assert not multiplies(torch.ones(64, 32).t(), 1)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2, 1), (0,), (2, 2, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1), (0,), (2, 2, 2)])
 def test_layers_take_it_in_any_shape_but_not_to_learn(monkeypatch, shape):
     taken = []
     monkeypatch.setattr(layers, "multiply", lambda x, weight: taken.append(x.shape) or multiply(x, weight))

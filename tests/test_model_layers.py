@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm3.model import layers
-from cm3.model.layers import Linear, weight_product
+from cm3.model.layers import Linear, rotary_table, rotate, weight_product
 
 
 def on_any_processor(monkeypatch):
@@ -100,3 +100,19 @@ def test_learning_is_not_turned(monkeypatch):
     linear(torch.ones(4, 16, dtype=torch.bfloat16)).float().sum().backward()
     assert plain == [(4, 16)] and linear.weight.grad is not None
     assert isinstance(linear, torch.nn.Linear) and linear.bias is None and list(linear.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_rotation_is_the_same(monkeypatch, dtype):
+    """In real numbers, with its gradient."""
+    table = rotary_table(torch.tensor([[0, 3, 900]]), 8, 10_000.0)
+    outputs, gradients = [], []
+    for is_compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda is_compiling=is_compiling: is_compiling)
+        x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        outputs.append(rotate(x, table))
+        (outputs[-1].float() ** 3).sum().backward()
+        gradients.append(x.grad)
+    assert outputs[1].dtype == dtype
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -147,6 +147,7 @@ def test_the_wheel_has_one_top_level_name(wheel: list[str]):
 def test_the_wheel_holds_every_module_and_asset(wheel: list[str]):
     files = [path.relative_to(ROOT) for folder in ("cm3", *MAPPED) for path in (ROOT / folder).rglob("*.py")]
     files += [path.relative_to(ROOT) for path in (ROOT / "cm3/assets").rglob("*") if path.is_file()]
+    files += [path.relative_to(ROOT) for path in (ROOT / "cm3/model").glob("*.cpp")]
     expected = {path.as_posix() for path in files if "__pycache__" not in path.parts}
     expected = {name if name.startswith("cm3/") else f"cm3/{name}" for name in expected}
     assert expected | {"cm3/py.typed"} <= set(wheel)

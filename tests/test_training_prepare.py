@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 
 from cm3.cli import main
-from cm3.config import dump_config, load_config
+from cm3.config import load_config
 from cm3.data.loader import PackedLoader
 from cm3.data.shard_sums import look_at_shard
 from cm3.data.shards import ShardedDocuments, shard_path
@@ -253,13 +253,11 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tokenizers, out):
 def test_a_folder_that_cannot_be_written_is_said_before_the_settings(tokenizers, tmp_path, capsys):
     (tmp_path / "file").write_text("no folder")
     output = tmp_path / "file" / "out"
-    path = tmp_path / "prepare.yaml"
-    path.write_text(dump_config(config(tokenizers, output), stage="prepare"))
-    assert main(["prepare", str(path)]) == 2
-    printed, error = capsys.readouterr()
-    assert printed == "" and error == (
-        f"error: cannot write the prepared folder {output} (Not a directory); make room or mend the folder, and give "
-        "the same command to go on: shards that are whole are kept\n"
+    with pytest.raises(DataError) as caught:
+        run(config(tokenizers, output))
+    assert capsys.readouterr().out == "" and str(caught.value) == (
+        f"cannot write the prepared folder {output} (Not a directory); make room or mend the folder, and give the same "
+        "command to go on: shards that are whole are kept"
     )
 
 

@@ -240,7 +240,7 @@ def open_data(config: ModelRun) -> tuple[ShardedDocuments | Mixture, ShardedDocu
         min_repetition=config.data.min_repetition,
         max_repetition=config.data.max_repetition,
     )
-    validation = ShardedDocuments(config.data.validation) if config.data.validation else None
+    validation = ShardedDocuments(config.data.validation, check=True) if config.data.validation else None
     if validation and validation.tokenizer_hash != train.tokenizer_hash:
         raise ConfigError(
             f"data.validation={config.data.validation} was prepared with other tokenizers than "

@@ -413,11 +413,11 @@ extern "C" int64_t decode(const Step* step, int64_t rows, int64_t threads, const
 }
 
 // Rows up to which a product is made here, by the kind of its weights: with more, libraries are faster.
-extern "C" int64_t most_rows(int64_t kind) {
+extern "C" int64_t most_rows([[maybe_unused]] int64_t kind) {
 #ifdef __AMX_BF16__
   if (kind == BF16 && may_use_tiles()) return 32;
 #endif
-  return kind == FP32 ? 16 : 8;
+  return 8;
 }
 
 // `out = x @ weight.T` in float32.
