@@ -148,7 +148,9 @@ def test_long_documents_are_named_and_a_run_that_was_set_back_goes_on(folder, ca
     changes = {"data": data, "steps": 6, "checkpoint_interval": 2, "evaluation_interval": 0}
     run_from(folder, "back", **changes)
     too_long = int((ShardedDocuments(folder / "data").lengths > 10).sum())
-    assert too_long and f"left out {too_long} of 48 documents" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert too_long and f"left out {too_long} of 48 documents" in out
+    assert "memory: about " in out and "memory: at most " in out
     checkpoints = folder / "back" / "checkpoints"
     (checkpoints / "latest").write_text("step_00000004")
     for later in ("step_00000008", "step_00000010"):

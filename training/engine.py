@@ -60,7 +60,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         deepspeed = start_distributed()
-        self.device = _device()
+        self.device = training_device()
         self._is_plain = config["zero_optimization"]["stage"] == 0
         if self._is_plain:  # DeepSpeed neither tells the norm there nor looks whether it is finite
             self._clip, self._norm = config["gradient_clipping"], 0.0
@@ -200,7 +200,8 @@ def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
-def _device() -> torch.device:
+def training_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 

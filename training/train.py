@@ -26,10 +26,11 @@ from cm3.model.sequence_parallel import join_sequence_group
 from cm3.pretrained import resolve_model
 from cm3.training.average import WeightAverage
 from cm3.training.config import ModelRun
-from cm3.training.engine import Engine, deepspeed_config, from_main, start_distributed
+from cm3.training.engine import Engine, deepspeed_config, from_main, start_distributed, training_device
 from cm3.training.export import export_adapter, export_model
 from cm3.training.initial import initial_weights, make_transformer
 from cm3.training.loss import LossModule, num_tokens, target_weight
+from cm3.training.memory_use import MemoryUse
 from cm3.training.metrics import MetricsWriter, Window
 from cm3.training.nonfinite import SkippedSteps, check_divergence
 from cm3.training.optimizer import learning_rate_at, make_optimizer
@@ -77,6 +78,8 @@ def run(config: ModelRun) -> Path | None:
         for count in train_data.counts(loader.usable):
             report(str(count))
 
+    memory_use = MemoryUse(training_device())
+    report(memory_use.expected(config, world_size()))
     torch.manual_seed(config.seed)
     transformer, base_hash = make_transformer(config, train_data.tokenizer_hash)
     group = join_sequence_group(config.sequence_parallel)
@@ -211,6 +214,8 @@ def run(config: ModelRun) -> Path | None:
                 )
             window.start_lap()
 
+    if used := memory_use.measured():
+        report(used)
     if state.step < config.steps:
         if writer:
             writer.close()
