@@ -19,7 +19,7 @@ def compiled():
 @pytest.mark.parametrize(("outputs", "width"), [(96, 64), (37, 32), (3, 2048)])
 def test_products_are_those_in_double_precision(dtype, outputs, width):
     weight = torch.randn(outputs, width).to(dtype)
-    for rows in range(1, 9):
+    for rows in range(1, 17):
         x = torch.randn(rows, width).to(dtype)
         assert multiplies(weight, rows)
         found = multiply(x, weight)
@@ -38,7 +38,7 @@ def test_many_rows_in_tiles(rows):
     torch.testing.assert_close(multiply(x, weight), expected, rtol=2**-7, atol=2**-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16])
 def test_weights_of_8_bits(rows):
     weight, scale = quantize_rows(torch.randn(20, 128))
     x, out = torch.randn(rows, 128), torch.empty(rows, 20)
@@ -59,7 +59,7 @@ def test_a_row_is_the_same_among_others(dtype):
 
 def test_what_it_is_not_for():
     weight = torch.ones(4, 64)
-    assert multiplies(weight, 8) and not multiplies(weight, 9)
+    assert multiplies(weight, 16) and not multiplies(weight, 17)
     assert not multiplies(weight.double(), 1)
     assert not multiplies(torch.ones(4, 40), 1)
     assert not multiplies(torch.ones(64, 32).t(), 1)
