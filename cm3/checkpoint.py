@@ -9,8 +9,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +46,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if temporary.is_dir() and path.is_dir():
             old = path.with_name(f".{token}.old.{path.name}")
             path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
+            _remove(old)
         else:
             temporary.replace(path)
         _flush_entry(path.parent)
@@ -55,21 +60,75 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, parts: Sequence[str] = ()) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` on success, as in `atomic_path`.
+
+    What else a user had put into the earlier folder, such as `.git`, is carried over.
+
+    Args:
+        path: The folder.
+        parts: Names and patterns of files that such a folder may have besides those that are written now; they go
+            with the earlier one.
 
     Raises:
         ModelFilesError: the disk is full or the place cannot be written; what was there is as it was.
+        OSError: the body met another fault, such as a file that it cannot read; what was there is as it was.
     """
+    require_no_mount(path)
+    place = Path(path).resolve()
+    folder: Path | None = None
     try:
-        with atomic_path(Path(path).resolve()) as folder:
+        with atomic_path(place) as folder:
             folder.mkdir()
             yield folder
+            if place.is_dir():
+                _carry_over(place, folder, parts)
     except OSError as error:
+        named = [Path(str(name)) for name in (error.filename, error.filename2) if name is not None]
+        written = [name for name in named if name in (place, place.parent) or folder and name.is_relative_to(folder)]
+        if folder and named and not written:
+            raise
         raise ModelFilesError(
             f"cannot write the folder {path} ({error.strerror or error}); make room or mend the place, and give the "
             "same command again"
         ) from error
+
+
+def require_no_mount(path: str | Path) -> None:
+    """Raise ModelFilesError where a folder is a mount point, such as a volume of Docker, which nothing can replace."""
+    if os.path.ismount(path):
+        raise ModelFilesError(
+            f"{path} is a mount point, and a folder that is written whole cannot take its place; choose a folder "
+            f"inside it, such as {Path(path) / 'new'}"
+        )
+
+
+def foreign_entries(folder: Path, parts: Sequence[str]) -> set[str]:
+    """Return the names in a folder that are none of the names and patterns given."""
+    names = {path.name for path in folder.iterdir()}
+    return {name for name in names if not any(fnmatchcase(name, part) for part in parts)}
+
+
+def _carry_over(old: Path, new: Path, parts: Sequence[str]) -> None:
+    """Give `new` what `old` has beyond `parts` and the names in `new`.
+
+    Until `new` is in its place the files are in both: nothing is lost wherever this stops.
+    """
+    kept = foreign_entries(old, parts) - {path.name for path in new.iterdir()}
+
+    def left_out(folder: str, names: Sequence[str]) -> set[str]:
+        return set(names) - kept if folder == str(old) else set()
+
+    if kept:
+        shutil.copytree(old, new, symlinks=True, ignore=left_out, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the system cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def require_empty(folder: str | Path) -> None:
@@ -110,8 +169,9 @@ def _flush_entry(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Remove what nobody looks for; what cannot go yet, as files on NFS that are open, `remove_leftovers` finds."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

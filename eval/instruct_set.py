@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,8 @@ class InstructionSet:
                 row = file.row(index)
                 if row.task is None or not wanted(row):
                     continue
-                if len(row.turns) > 2:
-                    raise DataError("several exchanges in one row; ask one a row (`cm3 convert` without --together)")
-                requests.append(_request(file, index, row, self._group(row, labels)))
+                group = self._group(row, labels)
+                requests += [_request(file, index, each, group) for each in _exchanges(row)]
             except DataError as error:
                 raise DataError(f"{file.name(index)}: {error}; `cm3 validate {self.path}` names all faults") from error
         if not requests:
@@ -136,6 +135,15 @@ class InstructionSet:
         if not number.isdecimal() or int(number) >= len(labels):
             raise DataError(f"the id {id!r} names no row of {self.table}, which has {len(labels)}; check table")
         return str(labels.row(int(number))[str(self.group_by)])
+
+
+def _exchanges(row: InstructRow) -> list[InstructRow]:
+    """A row of several questions about the same pictures as so many rows, each asked by itself."""
+    pictures = tuple(part for part in row.turns[0] if isinstance(part, ImageFile))
+    exchanges = [row.turns[:2]]
+    for place in range(2, len(row.turns), 2):
+        exchanges.append(((*pictures, *row.turns[place]), row.turns[place + 1]))
+    return [replace(row, turns=turns) for turns in exchanges]
 
 
 def _is_edit(row: InstructRow) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+_STATUS_FILE = Path("/proc/self/status")
+
 
 class MatrixPeak:
     """The best rate of matrix products seen so far: the 100% of FLOPs utilisation.
@@ -75,7 +77,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Bytes of tensors on a GPU; on a CPU all of this process, and nan where the system is not Linux."""
+    """Bytes of tensors on a GPU; on a CPU all of this process, and nan where the system does not tell."""
     return float(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _status_bytes("VmRSS")
 
 
@@ -103,8 +105,9 @@ def describe(device: torch.device) -> str:
 
 
 def _status_bytes(name: str) -> float:
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    try:
+        lines = _STATUS_FILE.read_text().splitlines()
+    except OSError:
         return float("nan")
-    (kilobytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return 1024.0 * int(kilobytes)
+    found = [int(line.split()[1]) for line in lines if line.startswith(f"{name}:")]
+    return 1024.0 * found[0] if found else float("nan")  # some systems that look like Linux tell only a part

@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from torch import nn
 
 from cm3 import checkpoint
@@ -16,6 +18,7 @@ from cm3.checkpoint import (
     load_model_weights,
     load_strict,
     load_tensors,
+    new_folder,
     read_json,
     remove_folder,
     remove_leftovers,
@@ -53,6 +56,96 @@ def test_a_folder_is_replaced_whole(tmp_path: Path):
             (temporary / "inner" / content).write_text(content)
     assert names_in(target / "inner") == ["second"]
     assert names_in(tmp_path) == ["model"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that is to be replaced, with a file of its own and things that a user put there."""
+    folder = tmp_path / "place" / "model"
+    (folder / ".git" / "objects" / "empty").mkdir(parents=True)
+    (folder / ".git" / "objects" / "a").write_text("history")
+    (folder / ".git" / "objects" / "a").chmod(0o444)
+    (folder / "notes").write_text("mine")
+    (folder / "link").symlink_to("notes")
+    (folder / "config.json").write_text("old")
+    (folder / "model-00001-of-00002.safetensors").write_text("old")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str | None]:
+    return {str(p.relative_to(folder)): p.read_text() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_what_a_user_put_into_a_folder_is_carried_over(model: Path):
+    before = contents(model)
+    with new_folder(model, ("model-*.safetensors",)) as folder:
+        assert names_in(folder) == [] and contents(model) == before
+        (folder / "config.json").write_text("new")
+    del before["model-00001-of-00002.safetensors"]
+    assert contents(model) == before | {"config.json": "new"}
+    assert (model / "link").is_symlink() and names_in(model.parent) == ["model"]
+
+
+def test_things_of_users_are_copied_where_files_cannot_have_two_names(model: Path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    before = contents(model)
+    monkeypatch.setattr(os, "link", refuse)
+    with new_folder(model) as folder:
+        (folder / "config.json").write_text("new")
+    assert contents(model) == before | {"config.json": "new"}
+
+
+def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(model: Path, monkeypatch):
+    before, rename = contents(model), Path.rename
+
+    def fail_with_the_new(path: Path, target: Path) -> Path:
+        if ".tmp." in path.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path), None, str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_with_the_new)
+    with pytest.raises(ModelFilesError, match="cannot write the folder .*model"), new_folder(model) as folder:
+        (folder / "config.json").write_text("new")
+    assert contents(model) == before and names_in(model.parent) == ["model"]
+
+
+def test_an_old_folder_that_cannot_go_yet_is_no_failure(model: Path, monkeypatch):
+    def busy(*args, **kwargs):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(os, "rmdir", busy)  # as NFS does while a file in it is open
+    with new_folder(model) as folder:
+        (folder / "config.json").write_text("new")
+    assert (model / "config.json").read_text() == "new" and len(names_in(model.parent)) == 2
+    monkeypatch.undo()
+    remove_leftovers(model.parent)
+    assert names_in(model.parent) == ["model"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(model: Path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == model)
+    before = contents(model.parent)
+    with pytest.raises(ModelFilesError) as caught, new_folder(model):
+        pytest.fail("the body of a folder that cannot be written ran")
+    assert str(caught.value) == (
+        f"{model} is a mount point, and a folder that is written whole cannot take its place; choose a folder inside "
+        f"it, such as {model / 'new'}"
+    )
+    assert contents(model.parent) == before
+
+
+def test_only_what_cannot_be_written_is_said_to_be(model: Path, tmp_path: Path):
+    before = contents(model.parent)
+    with pytest.raises(FileNotFoundError, match=r"lost\.json"), new_folder(model) as folder:
+        shutil.copyfile(model.parent / "lost.json", folder / "a.json")
+    with pytest.raises(ModelFilesError, match="cannot write the folder .*No such file"), new_folder(model) as folder:
+        (folder / "nothing" / "a.json").write_text("new")
+    (tmp_path / "source").write_bytes(bytes(100))
+    with full_disk(), pytest.raises(ModelFilesError, match="cannot write the folder"), new_folder(model) as folder:
+        shutil.copyfile(tmp_path / "source", folder / "a.json")
+    assert contents(model.parent) == before
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -247,8 +247,13 @@ def test_questions_of_a_picture_together(tmp_path):
     assert shown(report.path) == [["red q1?", "a1", "q2?", "a2"], ["blue q3?", "a3"]]
     rows = InstructFile(report.path)
     assert [rows.row(index).id for index in range(2)] == ["0", "1"]
-    with pytest.raises(DataError, match="several exchanges in one row; ask one a row"):
-        InstructionSet(path=str(report.path)).texts()
+    asked = InstructionSet(path=str(report.path)).texts()
+    assert [(request.texts, request.answer) for request in asked] == [
+        (("q1?",), "a1"),
+        (("q2?",), "a2"),
+        (("q3?",), "a3"),
+    ]
+    assert [request.images[0].getpixel((0, 0)) for request in asked] == [(255, 0, 0), (255, 0, 0), (0, 0, 255)]
 
 
 def test_parquet_with_paths_conditions_and_lists_of_objects(pictures, tmp_path):

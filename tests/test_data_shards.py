@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cm3.data import shard_sums
 from cm3.data.shard_sums import look_at_shard, share
 from cm3.data.shards import ShardedDocuments, read_shard_metadata, shard_path, write_index, write_shard
 from cm3.errors import DataError
@@ -200,6 +201,17 @@ def test_damaged_shards_are_named_with_their_checksums_and_the_cure(tmp_path, ca
         ShardedDocuments(folder, check=True)
 
 
+def test_what_takes_long_is_announced(tmp_path, monkeypatch, capsys):
+    folder = write(tmp_path, DOCUMENTS[:2], DOCUMENTS[2:])
+    monkeypatch.setattr(shard_sums, "_ANNOUNCED_BYTES", 1000)
+    ShardedDocuments(folder, check=True)
+    before, after = capsys.readouterr().out.splitlines()
+    assert before == (
+        f"{folder}: comparing 2 shards, 0.0 MB, with their checksums; data.check_shards=false leaves that out"
+    )
+    assert after.startswith(f"{folder}: 2 shards, 0.0 MB compared with checksums in ")
+
+
 def test_shards_of_before_there_were_checksums_are_read_and_counted(tmp_path, capsys):
     folder = write(tmp_path, DOCUMENTS[:2], DOCUMENTS[2:])
     path = shard_path(folder, 0)
@@ -220,7 +232,7 @@ def test_processes_that_see_one_folder_share_it_and_every_copy_is_read(places, n
 
 
 TWO_PROCESSES = """
-import sys, torch.distributed as dist
+import os, sys, types, torch.distributed as dist
 from cm3.data.shards import ShardedDocuments
 from cm3.errors import DataError
 from cm3.data import shard_sums
@@ -235,6 +247,9 @@ for folder in sys.argv[2:]:
     except DataError as error:
         print(error)
     looked.clear()
+os.statvfs = lambda path: types.SimpleNamespace(f_fsid=rank())  # disks that were made alike, each with a copy
+ShardedDocuments(sys.argv[2], check=True)
+print(sorted(looked))
 """
 
 
@@ -256,3 +271,4 @@ def test_two_processes_read_a_half_each_and_both_hear_of_a_fault(tmp_path):
     assert f"{good}: 4 shards, 0.0 MB compared with checksums" in first[0]
     assert first[1:2] == ["['00000.arrow', '00002.arrow']"] and second[:1] == ["['00001.arrow', '00003.arrow']"]
     assert "1 cannot be trained on" in first[2] and first[2] == second[1]
+    assert first[4:] == second[2:] == [str([f"{number:05d}.arrow" for number in range(4)])]

@@ -1,6 +1,7 @@
 """A checkpoint as a model folder: it loads, and its logits are those of the checkpoint."""
 
 import dataclasses
+import os
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from cm3.cli import main
 from cm3.config import load_config
 from cm3.data.scenes import example
 from cm3.data.shards import shard_path, write_index, write_shard
-from cm3.errors import ModelFilesError, RequestError
+from cm3.errors import DataError, ModelFilesError, RequestError
 from cm3.model.lora import LoRAConfig, load_adapter
 from cm3.model.pretrained import TOKENIZER_FILES, load_model
 from cm3.model.transformer import Transformer
@@ -177,6 +178,44 @@ def test_an_earlier_export_of_the_run_is_replaced_whole(run, tmp_path):
     assert torch.equal(run_model(CM3.from_pretrained(out).transformer), expected)
     ours, theirs = (read_json(folder / "config.json") for folder in (out, run / "model"))
     assert ours == theirs, "what the run itself wrote is an export of it, too"
+
+
+def test_a_finished_run_that_is_run_again_keeps_what_a_user_put_beside_its_model(run, tmp_path):
+    again = shutil.copytree(run, tmp_path / "run")
+    (again / "model" / ".git").mkdir()
+    (again / "model" / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (again / "model" / "notes.txt").write_text("mine")
+    before = contents(again / "model")
+    (again / "model" / "model-00001-of-00002.safetensors").write_bytes(b"of a larger model")
+    (again / "model" / "model.safetensors").write_bytes(b"damaged")
+    train.run(dataclasses.replace(load_config(ModelRun, run / "config.yaml"), output=str(again)))
+    after = contents(again / "model")
+    for folder in (before, after):  # these two name the run
+        folder.pop("config.json")
+        folder.pop("README.md")
+    assert after == before
+
+
+def test_a_model_folder_that_cannot_be_replaced_is_refused_before_training(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "run" / "model")
+    config = dataclasses.replace(load_config(ModelRun, run / "config.yaml"), output=str(tmp_path / "run"))
+    with pytest.raises(ModelFilesError, match=r"run/model is a mount point.* choose a folder inside it"):
+        train.run(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_can_leave_out_the_comparison_with_checksums(run, tmp_path, capsys):
+    config = load_config(ModelRun, run / "config.yaml")
+    data = shutil.copytree(config.data.train, tmp_path / "data")
+    content = bytearray(shard_path(data, 0).read_bytes())
+    content[-2] ^= 1  # of the checksum
+    shard_path(data, 0).write_bytes(content)
+    settings = dataclasses.replace(config.data, train=str(data), validation=str(data))
+    with pytest.raises(DataError, match="cannot be trained on"):
+        train.open_data(dataclasses.replace(config, data=settings))
+    settings = dataclasses.replace(settings, check_shards=False)
+    opened = train.open_data(dataclasses.replace(config, data=settings))
+    assert [len(documents) for documents in opened] == [16, 16] and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

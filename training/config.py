@@ -37,6 +37,9 @@ class DataConfig:
     """Of a mixture: most times."""
     validation: str | None = None
     """Prepared folder of held-out documents; null is no evaluation."""
+    check_shards: bool = True
+    """Compare all shards with their checksums whenever a run starts or goes on, which reads them all; off, only those
+    that are missing or cut off are found."""
     sequence_length: int = 4096
     """Positions of a row."""
     packing: Literal["documents", "stream"] = "documents"

@@ -7,14 +7,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm3.checkpoint import INDEX_FILE, WEIGHTS_FILE, load_tensors, new_folder, read_json, require_empty, write_json
+from cm3.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    foreign_entries,
+    load_tensors,
+    new_folder,
+    read_json,
+    require_empty,
+    write_json,
+)
 from cm3.config import load_config
 from cm3.errors import ModelFilesError, RequestError
 from cm3.model.lora import merge_adapter, save_adapter, weights_hash
-from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, load_model, save_model, tokenizer_files
+from cm3.model.pretrained import CARD_FILE, GENERATION_FILE, TOKENIZER_FILES, load_model, save_model
 from cm3.pretrained import CONFIG_FILE as MODEL_CONFIG_FILE
 from cm3.pretrained import resolve_model
-from cm3.tokenizers.document import DocumentTokenizer
+from cm3.tokenizers.document import JSON_TEXT_TOKENIZER_FILE, DocumentTokenizer
 from cm3.training.average import WeightAverage
 from cm3.training.card import hardware, model_card
 from cm3.training.config import ModelRun
@@ -32,6 +41,17 @@ from cm3.training.state import (
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _RUN_KEY = "run_hash"
 """In config.json: the run that the weights are of, see `_run_hash`."""
+_PARTS = (
+    MODEL_CONFIG_FILE,
+    GENERATION_FILE,
+    CARD_FILE,
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    "model-*.safetensors",
+    *TOKENIZER_FILES,
+    JSON_TEXT_TOKENIZER_FILE,
+)
+"""What model folders are made of, large and small ones, with a text tokenizer of either kind."""
 
 
 def export_model(
@@ -143,7 +163,7 @@ def _write_model(
     card: str,
 ) -> None:
     """Write a whole model folder or nothing; `run` is the folder of the run that the weights are of."""
-    with new_folder(folder) as temporary:
+    with new_folder(folder, _PARTS) as temporary:
         save_model(
             temporary,
             tensors,
@@ -177,9 +197,7 @@ def _require_replaceable(folder: Path, run: Path) -> None:
     try:
         require_empty(folder)
     except RequestError as error:
-        names = {MODEL_CONFIG_FILE, GENERATION_FILE, CARD_FILE, WEIGHTS_FILE, INDEX_FILE, *tokenizer_files(folder)}
-        names |= {path.name for path in folder.glob("model-*.safetensors")}
-        if _run_of(folder) != _run_hash(run) or {path.name for path in folder.iterdir()} - names:
+        if _run_of(folder) != _run_hash(run) or foreign_entries(folder, _PARTS):
             raise RequestError(
                 f"{folder} is not empty, and what it holds is not just an earlier export of {run}; choose a folder "
                 "that does not exist yet"

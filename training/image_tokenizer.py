@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cm3.checkpoint import new_folder, write_text
+from cm3.checkpoint import new_folder, require_no_mount, write_text
 from cm3.config import dump_config
 from cm3.data.sources import open_source
 from cm3.tokenizers.image import ImageTokenizer, pixels_to_model
@@ -43,6 +43,7 @@ def run(config: ImageTokenizerRun) -> Path | None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     perceptual = _load_perceptual(config, device)
     output, yaml = Path(config.output), dump_config(config, stage="image_tokenizer")
+    require_no_mount(output / "tokenizer")
     print(yaml, flush=True)
     write_text(output / "config.yaml", yaml)
     data = open_pixels([config.data, *config.more_data.values()], config.vqgan.image_size, config.max_images_in_memory)

@@ -32,8 +32,7 @@ class MemoryUse:
 
     def measured(self) -> str | None:
         """The peak in a line; None where the system does not tell."""
-        peak = peak_memory(self._device)
-        if math.isnan(peak):
+        used = peak_memory(self._device) - self._before
+        if math.isnan(used):
             return None
-        used, before = amount(peak - self._before), amount(self._before)
-        return f"memory: at most {used} used beyond the {before} of the program itself"
+        return f"memory: at most {amount(used)} used beyond the {amount(self._before)} of the program itself"

@@ -228,8 +228,10 @@ class Preparer:
     def find(self, number: int) -> PrepareReport | None:
         """The report of a shard that is as it was written and was made with these settings, or None."""
         path = shard_path(self.config.output, number)
-        found = None if look_at_shard(path).fault else read_shard_metadata(path)
+        found = read_shard_metadata(path)
         if found is None or found.get(_SETTINGS_KEY) != self._settings(self.rows(number)):
+            return None
+        if look_at_shard(path).fault:  # last, for it reads all of it
             return None
         return PrepareReport.from_json(found[_REPORT_KEY])
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cm3.checkpoint import load_strict, load_tensors, new_folder, save_tensors, write_text
+from cm3.checkpoint import load_strict, load_tensors, new_folder, require_no_mount, save_tensors, write_text
 from cm3.config import check_seed, dump_config
 from cm3.data.sources import SourceConfig
 from cm3.errors import ConfigError, DataError, ModelFilesError
@@ -136,6 +136,7 @@ def run(config: RetrieverRun) -> Path | None:
         ModelFilesError: the checkpoint is of another network.
     """
     output, yaml = Path(config.output), dump_config(config, stage="retriever")
+    require_no_mount(output / "encoder")
     tokenizer = TextTokenizer.load(Path(config.text_tokenizer) / TEXT_TOKENIZER_FILE)
     if tokenizer.size != config.clip.vocabulary_size:
         raise ConfigError(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cm3.checkpoint import remove_leftovers, write_text
+from cm3.checkpoint import remove_leftovers, require_no_mount, write_text
 from cm3.config import dump_config
 from cm3.data.loader import PackedLoader
 from cm3.data.mixture import Mixture, open_documents
@@ -57,6 +57,8 @@ def run(config: ModelRun) -> Path | None:
     accumulation = config.accumulation_steps(world_size())
     train_data, validation_data = open_data(config)  # what is missing is said before the settings are printed
     output, yaml = Path(config.output), dump_config(config, stage="model")
+    result = output / ("adapter" if config.lora.rank else "model")
+    from_main(lambda: require_no_mount(result))
     if config.initialize_from is not None:
         source = config.initialize_from
         from_main(lambda: (output / "checkpoints").is_dir() or resolve_model(source))
@@ -228,8 +230,8 @@ def run(config: ModelRun) -> Path | None:
             writer.validation(state.step, validation)
         writer.close()
     if config.lora.rank:
-        return export_adapter(output / "adapter", engine, average, config, state, validation)
-    return export_model(output / "model", engine, average, config, state, validation)
+        return export_adapter(result, engine, average, config, state, validation)
+    return export_model(result, engine, average, config, state, validation)
 
 
 def open_data(config: ModelRun) -> tuple[ShardedDocuments | Mixture, ShardedDocuments | None]:
@@ -244,8 +246,10 @@ def open_data(config: ModelRun) -> tuple[ShardedDocuments | Mixture, ShardedDocu
         config.data.weights,
         min_repetition=config.data.min_repetition,
         max_repetition=config.data.max_repetition,
+        check=config.data.check_shards,
     )
-    validation = ShardedDocuments(config.data.validation, check=True) if config.data.validation else None
+    held_out, check = config.data.validation, config.data.check_shards
+    validation = ShardedDocuments(held_out, check=check) if held_out else None
     if validation and validation.tokenizer_hash != train.tokenizer_hash:
         raise ConfigError(
             f"data.validation={config.data.validation} was prepared with other tokenizers than "

@@ -180,24 +180,25 @@ def open_documents(
     *,
     min_repetition: float = 0.3,
     max_repetition: float = 3.0,
+    check: bool = True,
 ) -> ShardedDocuments | Mixture:
-    """Open one prepared folder to train on, or several by name as a `Mixture`. A collective.
+    """Open one prepared folder to train on, or several by name as a `Mixture`. A collective where it checks.
 
-    Every shard is compared with its checksum first, see `cm3.data.shard_sums.check_shards`.
+    With `check` every shard is compared with its checksum first, see `cm3.data.shard_sums.check_shards`.
 
     Raises:
         ConfigError: see `Mixture`; or weights were given for one folder.
         DataError: a folder is not complete, is empty, or has damaged shards.
     """
     if isinstance(folders, Mapping):
-        sources = {name: ShardedDocuments(folder, check=True) for name, folder in folders.items()}
+        sources = {name: ShardedDocuments(folder, check=check) for name, folder in folders.items()}
         return Mixture(sources, weights or None, min_repetition=min_repetition, max_repetition=max_repetition)
     if weights:
         raise ConfigError(
             f"weights were given for {', '.join(weights)}, but the data are the one folder {folders}; name several "
             "folders or leave the weights out"
         )
-    return ShardedDocuments(folders, check=True)
+    return ShardedDocuments(folders, check=check)
 
 
 def _check(

@@ -6,6 +6,7 @@ zlib does 1.5 GB/s a core where SHA-256 with instructions of its own did 0.9.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import zlib
@@ -27,6 +28,8 @@ _ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _BLOCK_BYTES = 1 << 22
 _THREADS = 4
 _NAMED_FAULTS = 3
+_ANNOUNCED_BYTES = 1 << 30
+"""Reading so much can take so long that it is announced."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def look_at_shard(path: str | Path) -> ShardState:
 def check_shards(folder: Path, shards: Sequence[Path]) -> None:
     """Compare the shards of a prepared folder with their checksums, and print how many there were. A collective.
 
+    Where they are large, it says so beforehand.
+
     Processes that see the same folder read a share of it each; of a folder that is copied to every machine, every copy
     is read.
 
@@ -77,6 +82,12 @@ def check_shards(folder: Path, shards: Sequence[Path]) -> None:
         DataError: in every process; some are damaged or missing.
     """
     start = time.monotonic()
+    if is_main() and (size := sum(path.stat().st_size for path in shards if path.is_file())) >= _ANNOUNCED_BYTES:
+        print(
+            f"{folder}: comparing {len(shards)} shards, {_amount(size)}, with their checksums; "
+            "data.check_shards=false leaves that out",
+            flush=True,
+        )
     places = _from_all(_place(folder))
     number = rank() if len(places) > 1 else 0
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -90,8 +101,7 @@ def check_shards(folder: Path, shards: Sequence[Path]) -> None:
     num_bytes, unverified = (sum(part[i] for part, place in zip(found, places) if place == places[0]) for i in (1, 2))
     if is_main():
         old = f"; {unverified} of an earlier version have no checksum" if unverified else ""
-        compared = f"{num_bytes / 1e6:.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
-        seconds = time.monotonic() - start
+        compared, seconds = _amount(num_bytes), time.monotonic() - start
         print(f"{folder}: {len(shards)} shards, {compared} compared with checksums in {seconds:.1f} s{old}", flush=True)
 
 
@@ -109,7 +119,13 @@ def share(places: Sequence[Hashable], number: int) -> slice:
 def _place(folder: Path) -> Hashable:
     """Tells a folder from its copies on other machines, but is the same on all machines that share it."""
     found = folder.stat()
-    return str(folder), found.st_ino, found.st_mtime_ns
+    # disks that are made alike can agree in all but the id of their file system; Windows has none
+    file_system = os.statvfs(folder).f_fsid if hasattr(os, "statvfs") else 0
+    return str(folder), found.st_ino, found.st_mtime_ns, file_system
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
 
 
 def _from_all(value: Any) -> list[Any]:

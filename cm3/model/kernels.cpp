@@ -41,7 +41,6 @@ struct Step {
 namespace {
 
 typedef float floats __attribute__((vector_size(64)));
-typedef float eight __attribute__((vector_size(32)));
 typedef float four __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -53,10 +52,10 @@ template <typename T> inline T load(const void* from) {
   return value;
 }
 
-inline float sum(floats v) {  // by shuffles: whatever has an address is not kept in registers
-  const eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const four quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+inline float sum(floats v) {  // by subscripts: whatever has an address is not kept in registers
+  const four a = {v[0], v[1], v[2], v[3]}, b = {v[4], v[5], v[6], v[7]};
+  const four c = {v[8], v[9], v[10], v[11]}, d = {v[12], v[13], v[14], v[15]};
+  const four quarter = (a + c) + (b + d);
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
