@@ -1,5 +1,7 @@
 """A decoding step in one call equals the blocks of the model, whatever the architecture, the type and the rows."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -150,3 +152,87 @@ def test_when_the_blocks_are_called(monkeypatch):
         assert count()
         monkeypatch.setattr(kernels, "library", lambda: None)
         assert not count()
+
+
+@torch.inference_mode()
+def test_rows_of_ids_must_be_those_of_the_cache():
+    model = varied(CONFIG)
+    cache = KeyValueCache.create(CONFIG, 1, 8)
+    for rows in (2, 0, 500):
+        with pytest.raises(RequestError, match=f"{rows} rows of ids were given for 1 lengths and a cache of 1 rows"):
+            model(torch.ones(rows, 1, dtype=torch.long), cache=cache)
+    model(torch.ones(1, 1, dtype=torch.long), cache=cache)
+    cache.lengths_B = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(
+        RequestError, match="2 rows of ids were given for 2 lengths and a cache of 1 rows; give one row"
+    ):
+        model(torch.ones(2, 1, dtype=torch.long), cache=cache)
+
+
+@torch.inference_mode()
+def test_lengths_may_be_of_32_bits():
+    model = varied(CONFIG)
+    ids, found = torch.tensor([[5], [7]]), []
+    for dtype in (torch.int64, torch.int32):
+        cache = KeyValueCache.create(CONFIG, 2, 8)
+        cache.lengths_B = cache.lengths_B.to(dtype)
+        found.append(torch.cat([model(ids, cache=cache), model(ids, cache=cache)]))
+        assert cache.cpu_step and cache.lengths_B.tolist() == [2, 2]
+    assert torch.equal(*found)
+
+
+@torch.inference_mode()
+def test_a_cache_may_be_fed_by_another_model_and_copied():
+    first, second = varied(CONFIG), varied(CONFIG)
+    second.load_state_dict({name: -value for name, value in first.state_dict().items()})
+    ids = torch.tensor([[5], [7]])
+
+    def fed(backend):
+        cache = KeyValueCache.create(CONFIG, 2, 8)
+        first.attention_backend = second.attention_backend = backend
+        states = [model(ids, cache=cache) for model in (first, second, first)]
+        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+        assert not any(other.cpu_step or other.cpu_step_model for other in copies)
+        states += [first(ids, cache=other) for other in copies]
+        assert cache.lengths_B.tolist() == [3, 3] and not cache.keys_LBSGK[:, :, 3].any()
+        assert all(bool(other.cpu_step) == (backend == "auto") for other in (cache, *copies))
+        return torch.stack(states)
+
+    found, expected = fed("auto"), fed("sdpa")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[3], found[4])
+
+
+@torch.inference_mode()
+def test_models_and_caches_it_is_not_for():
+    """The blocks know what to do with them."""
+    ids = torch.tensor([[5], [7]])
+
+    def taken(model, cache):
+        model(ids, cache=cache)
+        return bool(cache.cpu_step)
+
+    watched, cut = varied(CONFIG), varied(CONFIG)
+    assert taken(watched, KeyValueCache.create(CONFIG, 2, 8))
+    called = []
+    watched.final_norm.register_forward_hook(lambda *_: called.append(1))
+    assert not taken(watched, KeyValueCache.create(CONFIG, 2, 8)) and called == [1]
+    del cut.blocks[-1]
+    assert not taken(cut, KeyValueCache.create(CONFIG, 2, 8))
+
+    def cache_of(memory):
+        plain = KeyValueCache.create(CONFIG, 2, 8)
+        return KeyValueCache(memory(plain.keys_LBSGK), plain.values_LBSGK, plain.lengths_B)
+
+    def slots_apart(part):
+        return part.repeat(1, 1, 2, 1, 1)[:, :, ::2]
+
+    def rows_apart(part):
+        return part.repeat(1, 2, 1, 1, 1)[:, ::2]
+
+    model = varied(CONFIG)
+    assert taken(model, cache_of(torch.clone))
+    assert not taken(model, cache_of(slots_apart)) and not taken(model, cache_of(rows_apart))
+    twice = KeyValueCache.create(CONFIG, 4, 8)
+    assert taken(model, KeyValueCache(twice.keys_LBSGK[:, ::2], twice.values_LBSGK[:, ::2], twice.lengths_B[::2]))
+    assert twice.keys_LBSGK[:, ::2, 0].all(-1).all() and not twice.keys_LBSGK[:, 1::2].any()

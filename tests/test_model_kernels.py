@@ -1,5 +1,8 @@
 """Compiled products: those of torch for every type and number of rows, and torch alone where nothing compiles."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -63,6 +66,20 @@ def test_what_it_is_not_for():
     assert not multiplies(weight.double(), 1)
     assert not multiplies(torch.ones(4, 40), 1)
     assert not multiplies(torch.ones(64, 32).t(), 1)
+    assert multiplies(torch.nn.Parameter(weight), 1) and not multiplies(weight.as_subclass(Other), 1)
+
+
+class Other(torch.Tensor):
+    """A tensor with ideas of its own."""
+
+
+@torch.inference_mode()
+def test_rows_of_another_width_are_refused():
+    """Also where no types are checked."""
+    plain = inspect.unwrap(weight_product)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(RuntimeError, match="size|shape"):
+            plain(torch.ones(2, 64, dtype=dtype), torch.ones(4, 128, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (0,), (2, 2, 2)])
@@ -106,17 +123,76 @@ def test_a_compiler_that_fails_is_named_once(fresh, monkeypatch):
     assert library() is None and not list(fresh.rglob("*.so"))
 
 
-def test_it_is_compiled_once_for_a_processor(monkeypatch, tmp_path):
-    """By a compiler that takes what the true one made, for that takes seconds."""
-    made = kernels._compiled(kernels.shutil.which("g++"))
-    compiler, runs = tmp_path / "compiler", tmp_path / "runs"
+def copier(monkeypatch, folder, made):
+    """A compiler that takes what another one made, for compiling takes seconds; where it writes its arguments."""
+    compiler, runs = folder / "compiler", folder / "runs"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {runs}\nfor last; do :; done\ncp {made} "$last"\n')
     compiler.chmod(0o755)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "cache"))
+    monkeypatch.setenv("CXX", f"{compiler} -an-option 'in two words'")
+    return runs
+
+
+@pytest.fixture
+def made():
+    yield library()._name
+    library.cache_clear()
+
+
+def test_what_cannot_be_loaded_is_made_anew(monkeypatch, tmp_path, made):
+    runs = copier(monkeypatch, tmp_path, made)
+    library.cache_clear()
+    name = Path(library()._name).name
+    (tmp_path / "nonsense").write_text("no library")
+    for folder, source in [("one", made), ("two", tmp_path / "nonsense")]:  # a library is loaded once by its path
+        copier(monkeypatch, tmp_path, source)
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / folder))
+        target = tmp_path / folder / "open_cm3" / name
+        target.parent.mkdir(parents=True)
+        target.write_text("damaged")
+        library.cache_clear()
+        if folder == "one":
+            assert library()._name == str(target) and target.read_bytes() == Path(made).read_bytes()
+            continue
+        with pytest.warns(UserWarning, match=r"slower than it could be: cannot load kernels.cpp compiled \(.*\.so: "):
+            assert library() is None
+    assert len(runs.read_text().splitlines()) == 3
+
+
+def test_without_a_home_torch_does_it(monkeypatch, made):
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    library.cache_clear()
+    with pytest.warns(UserWarning, match="slower than it could be: cannot load .*home directory"):
+        assert library() is None
+    assert not multiplies(torch.ones(4, 64), 1)
+
+
+def test_other_compilers_and_systems(fresh, monkeypatch):
+    """Clang calls itself so by a macro; nobody is warned where it cannot be otherwise."""
+    monkeypatch.setenv("CXX", "g++ -D__clang__")
+    with pytest.warns(UserWarning, match=r"g\+\+ -D__clang__ cannot compile kernels.cpp .*only GNU compilers"):
+        assert library() is None
+    library.cache_clear()
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("CXX", "g++")
+    library.cache_clear()
+    assert library() is None
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.platform", "darwin")
+    library.cache_clear()
+    assert library() is None
+
+
+def test_it_is_compiled_once_for_a_processor(monkeypatch, tmp_path, made):
+    runs = copier(monkeypatch, tmp_path, made)
     for processor, expected in [("one", 1), ("one", 1), ("other", 2), ("one", 2)]:
         monkeypatch.setattr(kernels, "_processor", lambda processor=processor: processor)
         library.cache_clear()
         assert library() is not None and len(runs.read_text().splitlines()) == expected
-    assert "-march=native" in runs.read_text() and len(list((tmp_path / "cache").rglob("*.so"))) == 2
-    library.cache_clear()
+    assert "-an-option in two words -std=c++17" in runs.read_text() and "-march=native" in runs.read_text()
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 2

@@ -88,7 +88,13 @@ class KeyValueCache:
     runs: tuple[Run, ...] | None = None
     """See `bounded`; None: attention reads all slots of all rows, in the same shapes at every step."""
     cpu_step: Any = field(default=None, init=False, repr=False, compare=False)
-    """What `Transformer` made for steps on these very tensors; False: nothing fits."""
+    """What `cpu_step_model` made for steps on these very tensors; None: nothing fits."""
+    cpu_step_model: Any = field(default=None, init=False, repr=False, compare=False)
+    """The `Transformer` that fed this cache last."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the step, which knows where these very tensors lie, and its model."""
+        return {**self.__dict__, "cpu_step": None, "cpu_step_model": None}
 
     @classmethod
     def create(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cm3.errors import RequestError
 from cm3.model.cache import KeyValueCache
+from cm3.model.config import ModelConfig
 from cm3.model.kernels import Address, Count, Matrix, library, multiplies
-from cm3.model.layers import HeadNorm, rotary_table
+from cm3.model.layers import HeadNorm, Norm, rotary_table
 
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "swiglu": 2}
 _CACHES = {torch.float32: 0, torch.bfloat16: 1}
@@ -75,13 +76,14 @@ class CpuStep:
             config.norm_epsilon,
         )
         rows, slots = len(cache.lengths_B), cache.capacity + 1
+        self._rows = rows
         widest = max(layers[0].qkv.outputs, layers[0].up.outputs)
         inner = max(config.ffn_width, config.width)
         sizes = (rows * config.width, rows * widest, rows * inner, (rows + 16) * inner, rows * config.num_heads * slots)
         self._room = [torch.empty(size) for size in sizes]
         self._slots = slots
 
-    def __call__(self, x_BD: Float[Tensor, "B D"], lengths_B: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
+    def __call__(self, x_BD: Float[Tensor, "B D"], lengths_B: Int[Tensor, " rows"]) -> Float[Tensor, "B D"]:
         """Hidden states after the final norm, of new tokens that are now in the cache behind as many as it held.
 
         Args:
@@ -90,8 +92,14 @@ class CpuStep:
                 where nobody looks at it and the next token takes its place.
         """
         found = library()
-        assert found is not None and lengths_B.is_contiguous()
-        x_BD = x_BD.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        assert found is not None
+        if not len(x_BD) == len(lengths_B) == self._rows:
+            raise RequestError(
+                f"{len(x_BD)} rows of ids were given for {len(lengths_B)} lengths and a cache of {self._rows} rows; "
+                "give one row of ids for each row of the cache"
+            )
+        lengths_B = lengths_B.to("cpu", torch.int64).contiguous()
+        x_BD = x_BD.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
         room = [part.data_ptr() for part in self._room]
         threads = torch.get_num_threads()
         step, lengths = ctypes.addressof(self._step), lengths_B.data_ptr()
@@ -134,7 +142,7 @@ class CpuStep:
         """The address of values in float32."""
         if values is None:
             return None
-        self._kept.append(values.detach().float().contiguous())
+        self._kept.append(values.detach().to("cpu", torch.float32).contiguous())
         return self._kept[-1].data_ptr()
 
 
@@ -144,14 +152,26 @@ def fits(model: Any, cache: KeyValueCache) -> bool:
     That is on a CPU with a compiler, for so few rows that reading the weights takes longest, and if nobody watches or
     has replaced the parts of a block.
     """
-    keys_LBSGK = cache.keys_LBSGK
-    if keys_LBSGK.device.type != "cpu" or keys_LBSGK.dtype not in _CACHES:
+    config, memory = model.config, (cache.keys_LBSGK, cache.values_LBSGK)
+    if len(model.blocks) != config.num_layers or not all(_fits_memory(part, config) for part in memory):
+        return False
+    if len({(part.dtype, part.shape[:3], part.stride(1)) for part in memory}) > 1:
+        return False
+    modules = [*model.blocks.modules(), *model.final_norm.modules()]
+    if type(model.final_norm) is not Norm or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return False
     for block in model.blocks:
-        if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
-            return False
         parts = [block.attention.qkv, block.attention.out, block.feed_forward.up, block.feed_forward.out]
         matrices = [getattr(part, "matrix", None) for part in parts]
         if not all(found is not None and multiplies(found[0], len(cache.lengths_B)) for found in matrices):
             return False
-    return not (model.training and model.config.dropout)
+    return len(cache.lengths_B) == cache.keys_LBSGK.shape[1] and not (model.training and config.dropout)
+
+
+def _fits_memory(part_LBSGK: Tensor, config: ModelConfig) -> bool:
+    """Whether keys or values of a cache are the model's, in memory and the slots of a row behind each other."""
+    if type(part_LBSGK) is not Tensor or part_LBSGK.device.type != "cpu" or part_LBSGK.dtype not in _CACHES:
+        return False
+    num_layers, *_, groups, head_width = part_LBSGK.shape
+    is_models = (num_layers, groups, head_width) == (config.num_layers, config.key_value_heads, config.head_width)
+    return is_models and part_LBSGK[:1, :1].is_contiguous()

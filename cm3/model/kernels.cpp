@@ -4,6 +4,10 @@
 // fetched ahead of their use, which the processor does not do well by itself for rows this short, and all else happens
 // between two products without a call from outside. Activations are float32 whatever the weights are.
 
+#if !defined(__GNUC__) || defined(__clang__) || defined(__INTEL_COMPILER)
+#error only GNU compilers: torch may bring another OpenMP than others do, and two of them can end a process
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,7 +1,8 @@
 """Products of few rows and whole decoding steps in C++ for CPUs, compiled where they run; torch does without them.
 
 `kernels.cpp` is compiled once for each processor by the C++ compiler of the system, in a second or two, when a model
-first decodes on a CPU, and kept in the user's cache. Where there is no compiler everything runs in torch alone.
+first decodes on a CPU, and kept in the user's cache. Elsewhere than on Linux with GNU's compiler, which `CXX` may name, and
+without AVX-512 (its vectors made of shorter ones are several times slower), everything runs in torch alone.
 
 B batch   D inputs   N outputs
 """
@@ -10,20 +11,24 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Parameter
 
 from cm3.checkpoint import atomic_path
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-Wno-psabi", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-Wno-psabi", "-Wfatal-errors", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _MULTIPLES = {torch.float32: 16, torch.bfloat16: 32, torch.int8: 64}
 """Of what the number of inputs must be."""
@@ -46,6 +51,8 @@ class Matrix(ctypes.Structure):
 
 def multiplies(weight_ND: Tensor, num_rows: int) -> bool:
     """Whether a product of so many rows with these weights is one for `multiply`, and the compiler was there."""
+    if type(weight_ND) not in (Tensor, Parameter):  # others need not have their values in memory
+        return False
     if weight_ND.dtype not in _KINDS or weight_ND.device.type != "cpu" or not weight_ND.is_contiguous():
         return False
     if weight_ND.shape[1] % _MULTIPLES[weight_ND.dtype]:
@@ -57,7 +64,7 @@ def multiplies(weight_ND: Tensor, num_rows: int) -> bool:
 def multiply(x_BD: Float[Tensor, "*B D"], weight_ND: Float[Tensor, "N D"]) -> Float[Tensor, "*B N"]:
     """`x @ weight.T` for few rows, see `multiplies`; summed in float32."""
     found = library()
-    assert found is not None
+    assert found is not None and x_BD.shape[-1] == weight_ND.shape[1]
     x_RD = x_BD.reshape(-1, x_BD.shape[-1]).float().contiguous()
     num_rows = len(x_RD)
     out_RN = x_RD.new_empty(num_rows, len(weight_ND))
@@ -69,16 +76,22 @@ def multiply(x_BD: Float[Tensor, "*B D"], weight_ND: Float[Tensor, "N D"]) -> Fl
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where they cannot be made."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or not _SOURCE.is_file():
+    """The compiled functions; None where they cannot be made, or would be slower than torch."""
+    if sys.platform != "linux" or not _SOURCE.is_file() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
+    compiler = os.environ.get("CXX", "").strip() or "g++"
     try:
-        found = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+        program, *options = shlex.split(compiler)
+        program_path = shutil.which(program)
+        if program_path is None:
+            return None
+        found = _compiled([program_path, *options])
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        failure = f"cannot load {_SOURCE.name} compiled"
+        if isinstance(error, subprocess.SubprocessError):
+            failure = f"{compiler} cannot compile {_SOURCE.name}"
         reason = getattr(error, "stderr", None) or error
-        slower = f"decoding is slower than it could be: {compiler} cannot compile {_SOURCE.name} ({reason})"
-        warnings.warn(slower, stacklevel=2)
+        warnings.warn(f"decoding is slower than it could be: {failure} ({reason})", stacklevel=2)
         return None
     found.most_rows.argtypes, found.most_rows.restype = [Count], Count
     found.multiply.argtypes = [ctypes.POINTER(Matrix), Count, Count, *[Address] * 3]
@@ -88,17 +101,18 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def _compiled(compiler: str) -> Path:
-    """The compiled file of this source, these flags and this processor, made if it is not there."""
+def _compiled(compiler: list[str]) -> ctypes.CDLL:
+    """This source, compiled with these flags for this processor: now, if that was not done or cannot be loaded."""
     recipe = f"{_SOURCE.read_text('utf-8')} {compiler} {_FLAGS} {_processor()}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     target = Path(root) / "open_cm3" / f"kernels-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as path:
-            command = [compiler, *_FLAGS, "-x", "c++", str(_SOURCE), "-o", str(path)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    return target
+    if target.is_file():
+        with suppress(OSError):  # damaged, or made on a system with other libraries
+            return ctypes.CDLL(str(target))
+    with atomic_path(target) as path:
+        command = [*compiler, *_FLAGS, "-x", "c++", str(_SOURCE), "-o", str(path)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    return ctypes.CDLL(str(target))
 
 
 def _processor() -> str:

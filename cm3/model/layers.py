@@ -43,7 +43,8 @@ def weight_product(x_BD: Float[Tensor, "*B D"], weight_ND: Float[Tensor, "N D"])
     if x_BD.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x_BD, weight_ND)
     is_plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    if is_plain and x_BD.dtype == weight_ND.dtype and multiplies(weight_ND, num_rows):
+    is_plain = is_plain and x_BD.dtype == weight_ND.dtype and x_BD.shape[-1] == weight_ND.shape[1]
+    if is_plain and multiplies(weight_ND, num_rows):
         return multiply(x_BD, weight_ND)
     if x_BD.dtype == torch.float32 and num_rows in _PANEL_ROWS and len(weight_ND) % _PANEL == 0:
         return _panel_product(x_BD.reshape(num_rows, -1), weight_ND).unflatten(0, x_BD.shape[:-1])

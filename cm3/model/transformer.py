@@ -166,9 +166,10 @@ class Transformer(nn.Module):
         """What takes the place of the blocks for one token a row, if there is something."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.attention_backend != "auto":
             return None
-        if cache.cpu_step is None:
-            cache.cpu_step = CpuStep(self, cache) if fits(self, cache) else False
-        return cache.cpu_step or None
+        if cache.cpu_step_model is not self:
+            step = CpuStep(self, cache) if fits(self, cache) else None
+            cache.cpu_step, cache.cpu_step_model = step, self
+        return cache.cpu_step
 
     def _decode(
         self, ids_B1: Int[Tensor, "B 1"], cache: KeyValueCache, num_new_B: Int[Tensor, " B"] | None, step: CpuStep
