@@ -55,13 +55,13 @@ def run(config: ModelRun) -> Path | None:
     if config.wandb_project is not None:
         require_wandb()
     accumulation = config.accumulation_steps(world_size())
-    train_data, validation_data = open_data(config)  # what is missing is said before the settings are printed
     output, yaml = Path(config.output), dump_config(config, stage="model")
     result = output / ("adapter" if config.lora.rank else "model")
     from_main(lambda: require_no_mount(result))
     if config.initialize_from is not None:
         source = config.initialize_from
         from_main(lambda: (output / "checkpoints").is_dir() or resolve_model(source))
+    train_data, validation_data = open_data(config)  # what is missing is said before the settings are printed
     if is_main():
         print(yaml, flush=True)
         for folder in (output, output / "checkpoints", output / "model", output / "adapter", output / "samples"):

@@ -1,8 +1,8 @@
 """Products of few rows and whole decoding steps in C++ for CPUs, compiled where they run; torch does without them.
 
 `kernels.cpp` is compiled once for each processor by the C++ compiler of the system, in a second or two, when a model
-first decodes on a CPU, and kept in the user's cache. Elsewhere than on Linux with GNU's compiler, which `CXX` may name, and
-without AVX-512 (its vectors made of shorter ones are several times slower), everything runs in torch alone.
+first decodes on a CPU, and kept in the user's cache. Elsewhere than on Linux with GNU's compiler, which `CXX` may name,
+and without AVX-512 (its vectors made of shorter ones are several times slower), everything runs in torch alone.
 
 B batch   D inputs   N outputs
 """
