@@ -95,7 +95,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parquet.add_argument(
         "--together",
         action="store_true",
-        help="all questions of a picture as one row, which trains faster (default: a row for each)",
+        help="all questions of a picture as one row, to train beside rows of one (default: a row for each)",
     )
 
 

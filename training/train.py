@@ -1,6 +1,7 @@
 """Training of the CM3 transformer: one loop, read from top to bottom.
 
-The loss is the mean over all targets of a step (section 2.2), whatever its split into processes and micro batches.
+The loss is the mean over all targets of a step (CM3Leon section 2.2), whatever its split into processes and micro
+batches.
 """
 
 import dataclasses
